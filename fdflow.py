@@ -1,0 +1,322 @@
+"""Finite-difference post-training of flow models: sampler, LoRA and three estimators, in plain PyTorch.
+
+The method is that of McAllister et al., "Finite Difference Flow Optimization for RL Post-Training of
+Text-to-Image Models" (arXiv:2603.12893). Copy this file into your project: it imports nothing of ours.
+
+Time t runs from 1 (noise) to 0 (image): x_t = (1 - t) x_0 + t eps. The model predicts the velocity
+v(x_t, t, cond) = dx/dt = eps - x_0, so the image estimate at any time is x_0 = x_t - t v. `cond` is any
+tensor with one row per image (here the index of its prompt), handed on to `velocity` and `reward`.
+
+    python fdflow.py        # post-trains a two-dimensional toy flow and draws toy.png
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class UserError(ValueError):
+    """A mistake of the person at the keyboard: the commands print it as one line and exit with code 2."""
+
+
+def first_line(error):
+    """The first line of an exception's message, for messages of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---- the sampler
+
+
+def churned_step(x, v, t, s, churn=0.0, generator=None):
+    """One step of the flow ODE from time t to s <= t that arrives at the right noise level, with fresh noise.
+
+    It overshoots to r < s and adds back the noise that was removed too much: the noise level r / (1 - r),
+    multiplied by (1 + churn), is exactly s / (1 - s), so x_s is distributed as after a plain step.
+    churn = 0 is Euler. x, v: [B, ...]. Returns x_s [B, ...]. After Karras et al. 2022, algorithm 2.
+    """
+    r = s / (1 + churn * (1 - s))
+    x = x + (r - t) * v
+    if churn == 0 or s == 0:
+        return x
+    xi = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return (x + r * math.sqrt((1 + churn) ** 2 - 1) * xi) / (1 + churn * r)
+
+
+def sample(velocity, eps, cond, times, churn=0.0, generator=None, trajectory=None):
+    """Integrate the flow ODE from noise to image latents.
+
+    velocity: (x [B, ...], t float, cond [B, ...]) -> v [B, ...]. eps: standard normal noise [B, ...].
+    times: decreasing floats, from 1 at most down to 0, one more than there are steps. churn: strength >= 0 at
+    every step and on the starting noise. trajectory: a list that receives (t, x_t, v) of every step.
+    Returns x_0 [B, ...].
+    """
+    x = times[0] * churned_step(eps, 0.0, 1.0, 1.0, churn, generator)
+    for t, s in pairwise(times):
+        v = velocity(x, t, cond)
+        if trajectory is not None:
+            trajectory.append((t, x, v))
+        x = churned_step(x, v, t, s, churn, generator)
+    return x
+
+
+# ---- LoRA with a population axis
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus (alpha / rank) B A x (Hu et al. 2021); A starts gaussian, B zero.
+
+    A [rank, in] and B [out, rank] are float32 (float64 over float64) and compute in the input's dtype.
+    `population`, if set, is (A [K, rank, in], B [K, out, rank]): member k acts on the k-th part of the batch.
+    """
+
+    def __init__(self, base, rank, alpha, generator=None):
+        super().__init__()
+        dtype = torch.promote_types(base.weight.dtype, torch.float32)
+        A = torch.randn(rank, base.in_features, generator=generator, dtype=dtype) / rank
+        self.base = base
+        self.A = nn.Parameter(A.to(base.weight.device))
+        self.B = nn.Parameter(self.A.new_zeros(base.out_features, rank))
+        self.scale = alpha / rank
+        self.enabled = True
+        self.population = None
+
+    def forward(self, x):
+        y = self.base(x)
+        if not self.enabled:
+            return y
+        A, B = self.population or (self.A[None], self.B[None])
+        members = x.reshape(len(A), -1, x.shape[-1])
+        return y + self.scale * (members @ A.to(x.dtype).mT @ B.to(x.dtype).mT).view(y.shape)
+
+
+class LoRA:
+    """Wraps every nn.Linear of `model` whose dotted name ends with one of `targets`, and freezes the rest.
+
+    `layers` maps names to LoRALinears, `parameters` lists all A and B. UserError if no layer matches.
+    """
+
+    def __init__(self, model, targets, rank, alpha=None, generator=None):
+        model.requires_grad_(False)
+        linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        self.layers = {}
+        for name, base in linears:
+            if any(f".{name}".endswith(f".{target}") for target in targets):
+                self.layers[name] = LoRALinear(base, rank, alpha or rank, generator)
+                model.set_submodule(name, self.layers[name])
+        if not self.layers:
+            raise UserError(f"the model has no linear layer named {' or '.join(targets)}")
+
+    @property
+    def parameters(self):
+        return [p for layer in self.layers.values() for p in (layer.A, layer.B)]
+
+    @property
+    def sizes(self):
+        return [p.numel() for p in self.parameters]
+
+    @contextmanager
+    def switched_off(self):
+        """Inside, the model is the base model again."""
+        for layer in self.layers.values():
+            layer.enabled = False
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.enabled = True
+
+    @contextmanager
+    def perturbed(self, offsets):
+        """Inside, the k-th part of every batch sees the parameters plus offsets[k], of [K, sum(sizes)]."""
+        parts = zip(self.parameters, offsets.split(self.sizes, dim=1))
+        members = [p.detach() + offset.view(-1, *p.shape) for p, offset in parts]
+        for layer, A, B in zip(self.layers.values(), members[0::2], members[1::2]):
+            layer.population = (A, B)
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.population = None
+
+    def zeros(self):
+        """A zero vector with one element for each parameter: [sum(sizes)]."""
+        return self.parameters[0].new_zeros(sum(self.sizes))
+
+    def add_grad(self, vector):
+        """Add a vector [sum(sizes)] to the parameters' .grad."""
+        for p, g in zip(self.parameters, vector.split(self.sizes)):
+            p.grad = g.view_as(p) if p.grad is None else p.grad + g.view_as(p)
+
+
+# ---- the three estimators
+
+
+@dataclass
+class Problem:
+    """What is trained, on what reward, and how it is sampled.
+
+    velocity: (x [B, ...], t float, cond [B, ...]) -> v [B, ...], through the layers of `lora`.
+    reward: (x_0 [B, ...], cond [B, ...]) -> R [B], higher is better, NaN where there is none.
+    times: as in `sample`. batch: most images in one call of velocity or reward.
+
+    An estimator takes a Problem and G groups (noise eps [G, ...], cond [G, ...]), ADDS minus the gradient of
+    the expected reward to each parameter's .grad, from reward values alone, and returns a few statistics.
+    """
+
+    velocity: Callable
+    reward: Callable
+    lora: LoRA
+    times: list
+    batch: int = 64
+
+
+@torch.no_grad()
+def slopes(problem, directions, h, eps, cond):
+    """(R(theta + h d) - R(theta - h d)) / 2h of K directions d [K, P] at eps [K, n, ...]; returns [K, n].
+
+    Both sides see the same noise (common random numbers); one sampler pass serves all directions.
+    """
+    K, columns = len(directions), []
+    size = max(1, problem.batch // (2 * K))
+    for e, c in zip(eps.split(size, dim=1), cond.split(size, dim=1)):
+        e, c = torch.cat([e, e]).flatten(0, 1), torch.cat([c, c]).flatten(0, 1)
+        with problem.lora.perturbed(torch.cat([h * directions, -h * directions])):
+            x = sample(problem.velocity, e, c, problem.times)
+        plus, minus = problem.reward(x, c).to(directions).view(2, K, -1)
+        columns.append((plus - minus) / (2 * h))
+    return torch.cat(columns, dim=1)
+
+
+def central_difference(problem, eps, cond, generator=None, h=0.02, coordinates=None):
+    """g_i = (J(theta + h e_i) - J(theta - h e_i)) / 2h for a random block of coordinates i (default: all).
+
+    Exact up to O(h^2), at 2 G images a coordinate; parameters outside the block get no gradient.
+    """
+    g, dropped = problem.lora.zeros(), 0
+    block = torch.randperm(len(g), generator=generator, device=g.device)[:coordinates]
+    for i in block.split(max(1, problem.batch // (2 * len(eps)))):
+        e_i = F.one_hot(i, len(g)).to(g)
+        slope = slopes(problem, e_i, h, eps.expand(len(i), *eps.shape), cond.expand(len(i), *cond.shape))
+        g[i] = slope.nanmean(dim=1).nan_to_num()
+        dropped += slope.isnan().sum().item()
+    problem.lora.add_grad(-g)
+    return {"images": 2 * len(block) * len(eps), "dropped": dropped}
+
+
+def spsa(problem, eps, cond, generator=None, h=0.02, directions=16):
+    """g = mean_k (J_k(theta + h d_k) - J_k(theta - h d_k)) / 2h d_k with random signs d_k (Spall 1992).
+
+    Unbiased up to O(h^2), at 2 G images whatever the number of parameters. The groups are dealt out evenly to
+    the directions; J_k is the mean over those of d_k. A direction is remade from its seed, never stored.
+    """
+    if len(eps) % directions:
+        raise UserError(f"{len(eps)} pairs cannot be dealt out evenly to {directions} directions")
+    eps, cond = (a.view(directions, -1, *a.shape[1:]) for a in (eps, cond))
+    seeds = torch.randint(2**31, (directions,), generator=generator, device=eps.device)
+    g, dropped = problem.lora.zeros(), 0
+    size = max(1, problem.batch // (2 * eps.shape[1]))
+    for seed, e, c in zip(seeds.split(size), eps.split(size), cond.split(size)):
+        d = torch.stack([random_signs(g, k) for k in seed.tolist()])
+        slope = slopes(problem, d, h, e, c)
+        g += slope.nanmean(dim=1).nan_to_num() @ d / directions
+        dropped += slope.isnan().sum().item()
+    problem.lora.add_grad(-g)
+    return {"images": 2 * eps.shape[0] * eps.shape[1], "dropped": dropped}
+
+
+def random_signs(like, seed):
+    """A vector of +1 and -1 shaped like `like`, always the same for one seed."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return 2 * torch.randint(2, like.shape, generator=generator, device=like.device).to(like) - 1
+
+
+def fdfo(
+    problem, eps, cond, generator=None, churn=0.05, branches=2, train_steps=None, clip=0.03, kl=0.0,
+    updates=1, step=None,
+):  # fmt: skip
+    """Finite Difference Flow Optimization: differences between sampled images instead of between parameters.
+
+    Every noise is churned into K branches. How the rewards of a group's final images differ says which way
+    they should move; every step of every branch is then pulled that way, without the sampler's Jacobian.
+    Rewards count in units of their mean absolute difference, so that their scale does not matter.
+
+    train_steps: random steps trained per trajectory (default: all). clip: width of the trust region.
+    kl: weight of a pull to the base model's velocity. updates: gradients per roll-out, `step` called between.
+    """
+    if branches < 2 or churn <= 0:
+        raise UserError("fdfo compares branches: it needs at least 2 of them, and churn > 0")
+    shares = zip(eps.chunk(updates), cond.chunk(updates))
+    shares = [roll_out(problem, e, c, generator, churn, branches, train_steps) for e, c in shares]
+    R = torch.cat([r["R"] for share in shares for r in share])
+    unit = (R - R.mean(1, keepdim=True)).abs().nanmean().clamp(min=1e-12)
+    for i, share in enumerate(shares):
+        if i > 0:
+            step()
+        images = sum(r["R"].numel() for r in share)
+        for r in share:
+            # a group with a NaN among its rewards says nothing
+            dR = ((r["R"] - r["R"].mean(1, keepdim=True)) / unit).flatten().nan_to_num()
+            for weight, t, x, v_ref in r["steps"]:
+                v = problem.velocity(x, t, r["cond"])
+                dv = v - v_ref
+                # exp(mean(d^2) - mean((v - (v_ref - d))^2)), multiplied out because d is large and dv small
+                rho = torch.exp(-mean(dv * (dv + 2 * r["d"])))
+                loss = -dR * rho + dR.abs() / (2 * clip) * (rho - 1) ** 2
+                if kl > 0:
+                    with torch.no_grad(), problem.lora.switched_off():
+                        v_base = problem.velocity(x, t, r["cond"])
+                    loss = loss + kl * mean((v - v_base) ** 2)
+                (weight / images * loss.sum()).backward()
+    return {"images": R.numel(), "dropped": R.isnan().any(1).sum().item()}
+
+
+@torch.no_grad()
+def roll_out(problem, eps, cond, generator, churn, branches, train_steps):
+    """Sample `branches` images from every noise; returns a record for each micro-batch of B images:
+
+    cond [B, ...], R [B / K, K], the (weight, t, x_t, v) of the steps to train on, and the direction d [B, ...]:
+    from the group's mean image to this one, over the mean square of that.
+    """
+    records, groups = [], max(1, problem.batch // branches)
+    for e, c in zip(eps.split(groups), cond.split(groups)):
+        e, c, steps = e.repeat_interleave(branches, 0), c.repeat_interleave(branches, 0), []
+        x = sample(problem.velocity, e, c, problem.times, churn, generator, steps)
+        R = problem.reward(x, c).view(-1, branches)
+        dx = x.view(*R.shape, -1)
+        dx = dx - dx.mean(1, keepdim=True)
+        d = (dx / (dx**2).mean((1, 2), keepdim=True)).view_as(x)
+        weights = step_weights(problem.times, train_steps, generator, x.device)
+        steps = [(weight, *step) for weight, step in zip(weights, steps) if weight > 0]
+        records.append({"cond": c, "R": R, "steps": steps, "d": d})
+    return records
+
+
+def step_weights(times, count=None, generator=None, device="cpu"):
+    """The share of the whole time that each step covers, for so much does its velocity move the image.
+
+    With a count, as many steps as that are drawn with these chances (evenly spaced in time, so that they differ)
+    and count alike; the others get 0. Either way the expected weights are the shares, and they add up to 1.
+    """
+    share = -torch.tensor(times).diff() / times[0]
+    if count is None:
+        return share.tolist()
+    points = (torch.rand(1, generator=generator, device=device).cpu() + torch.arange(count)) / count
+    drawn = torch.searchsorted(share.cumsum(0), points).clamp(max=len(share) - 1)
+    return (torch.bincount(drawn, minlength=len(share)) / count).tolist()
+
+
+def mean(x):
+    """Mean over everything but the batch: [B, ...] -> [B]."""
+    return x.flatten(1).mean(1)
+
+
+if __name__ == "__main__":
+    import toy
+
+    toy.main()

@@ -1,0 +1,142 @@
+"""Sample images from a model, with or without a LoRA; and what the command lines have in common.
+
+python sample.py --prompt "red apple" --n 8 [--lora runs/NAME] [--guidance 4] [--compare]
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from fdflow import UserError, first_line
+from flows import MODELS, SD3Flow, find_model, load_lora
+from pictures import grid
+
+
+def read_prompts(path):
+    """The non-empty lines of a text file. UserError if there are none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise UserError(f"no prompt file {path}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a text file of prompts: {first_line(error)}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"the prompt file {path} is empty; it needs one prompt a line")
+    return prompts
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def number(kind, low, high=float("inf")):
+    """An argparse type: an int or float within [low, high]."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def run(main):
+    """Run a command; what its user can mend becomes one line and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(tell(error))
+    except torch.OutOfMemoryError:
+        sys.exit(tell("out of GPU memory: lower --batch, --size or --rank"))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def tell(error):
+    """Print one line about an error; returns the exit code."""
+    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    return 2
+
+
+def add_model_arguments(parser):
+    """The flags that sample.py and train.py share; None leaves the choice to the model or the run."""
+    add = parser.add_argument
+    add("--model", help=f"{', '.join(MODELS)}, a hub id or a folder (default tiny)")
+    add("--steps", type=number(int, 1, 1000), help="sampling steps (default: the model's)")
+    add("--guidance", type=number(float, 1, 100), help="guidance scale, 1 is none (default: the model's)")
+    add("--size", type=number(int, 8, 4096), help="side of the images in pixels (default: the model's)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)")
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of the model (default: bfloat16 on cuda, else float32)",
+    )
+    add("--batch", type=number(int, 1), default=64, help="images in one network call (default 64)")
+
+
+def fill_defaults(args):
+    """Fill in the arguments of `add_model_arguments` that were not given; returns the Model."""
+    args.model = args.model or "tiny"
+    model = find_model(args.model)
+    args.steps, args.size = args.steps or model.steps, args.size or model.size
+    args.guidance = args.guidance or model.guidance
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    return model
+
+
+def main():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="what to draw; may be given several times"
+    )
+    parser.add_argument("--prompts", metavar="FILE", help="a text file with one prompt a line")
+    parser.add_argument("--n", type=number(int, 1), default=4, help="images of each prompt (default 4)")
+    parser.add_argument(
+        "--seed", type=number(int, 0), default=0, help="image i has noise seed + i (default 0)"
+    )
+    parser.add_argument("--lora", help="a run folder, which also sets model and steps, or a LoRA file")
+    parser.add_argument("--out", default="sample.png", help="the picture to write (default sample.png)")
+    parser.add_argument("--compare", action="store_true", help="base model | with LoRA, for the same noise")
+    add_model_arguments(parser)
+    args = parser.parse_args()
+    prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
+    if not prompts:
+        parser.error("give a --prompt or a file of --prompts")
+    if args.compare and not args.lora:
+        parser.error("--compare needs --lora")
+    if args.lora and Path(args.lora, "config.json").is_file():
+        config = json.loads(Path(args.lora, "config.json").read_text())
+        for key in ("model", "steps", "guidance", "size"):
+            setattr(args, key, getattr(args, key) or config[key])
+    model = fill_defaults(args)
+    flow = SD3Flow(model, args)
+    flow.encode(prompts)
+    cond = torch.arange(len(prompts)).repeat_interleave(args.n)
+    seeds = [args.seed + i for i in range(args.n)] * len(prompts)
+    columns = []
+    if args.compare or not args.lora:
+        columns.append(flow.images(cond, seeds, args.batch, progress=True))
+    if args.lora:
+        load_lora(flow.transformer, args.lora)
+        columns.append(flow.images(cond, seeds, args.batch, progress=True))
+    captions = [prompts[c] + (" | with LoRA" if args.compare else "") for c in cond]
+    picture = grid(torch.cat(columns, dim=3), captions, columns=min(args.n, 8))
+    try:
+        picture.save(args.out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {args.out}: {first_line(error)}") from error
+    print(args.out)
+
+
+if __name__ == "__main__":
+    run(main)

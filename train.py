@@ -1,0 +1,306 @@
+"""Post-train a text-to-image flow model on any reward, without gradients of the reward or of the sampler.
+
+python train.py --reward aesthetic                               # the bundled tiny model, minutes on a CPU
+python train.py --reward "0.2*clip + aesthetic" --model sd3.5    # one GPU
+python train.py --name aesthetic --resume                        # go on after an interruption
+"""
+
+import argparse
+import math
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from fdflow import LoRA, Problem, UserError, central_difference, fdfo, spsa
+from flows import TINY, SD3Flow, attention_layers
+from pictures import animate, grid, report, save_picture
+from rewards import Reward, load_clip
+from runs import (
+    append_metrics,
+    load_state,
+    new_folder,
+    read_config,
+    read_metrics,
+    save_state,
+    write_config,
+    write_metrics,
+)
+from sample import Parser, add_model_arguments, fill_defaults, number, read_prompts, run
+
+# what suits each estimator; differences between parameters want few of them
+ESTIMATORS = {
+    "fdfo": {"iterations": 50, "pairs": 32, "rank": 8, "lr": None},
+    "spsa": {"iterations": 40, "pairs": 128, "rank": 1, "lr": 0.01},
+    "central": {"iterations": 40, "pairs": 2, "rank": 1, "lr": 0.02},
+}
+
+
+def parse_args():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--reward", default="aesthetic", help='an expression as "clip - 0.1*jpeg_size" (default aesthetic)')
+    add("--watch", default="aesthetic,clip", help="rewards to measure, not train (default aesthetic,clip)")
+    add("--prompts", metavar="FILE", help="a prompt a line, every tenth held out (default: emoji names)")
+    add("--estimator", default="fdfo", help=f"{', '.join(ESTIMATORS)} (default fdfo)")
+    add("--iterations", type=number(int, 1), help="roll-outs (default: fdfo 50, spsa and central 40)")
+    add("--seed", type=number(int, 0), default=0, help="of everything random (default 0)")
+    add_model_arguments(parser)
+    add("--pairs", type=number(int, 1), help="noises an iteration (default: fdfo 32, spsa 128, central 2)")
+    add("--branches", type=number(int, 2), default=2, help="fdfo: images from each noise (default 2)")
+    add("--churn", type=number(float, 1e-6, 10), default=0.05, help="fdfo: how far they part (default 0.05)")
+    add("--train-steps", type=number(int, 1), help="fdfo: random steps trained per trajectory (default all)")
+    add(
+        "--clip",
+        type=number(float, 1e-6),
+        default=0.03,
+        help="fdfo: width of the trust region (default 0.03)",
+    )
+    add("--updates", type=number(int, 1), default=1, help="fdfo: optimiser steps per roll-out (default 1)")
+    add("--kl", type=number(float, 0), default=0.0, help="fdfo: pull to the base model (default 0)")
+    add("--h", type=number(float, 1e-6), default=0.02, help="spsa, central: parameter step (default 0.02)")
+    add("--directions", type=number(int, 1), default=16, help="spsa: directions an iteration (default 16)")
+    add(
+        "--coordinates", type=number(int, 1), default=32, help="central: parameters an iteration (default 32)"
+    )
+    add("--lr", type=number(float, 0, 1), help="of AdamW (default: the model's; spsa 0.01, central 0.02)")
+    add("--rank", type=number(int, 1), help="of the LoRA (default: fdfo 8, spsa and central 1)")
+    add("--alpha", type=number(float, 1e-6), help="the LoRA is scaled by alpha / rank (default: the rank)")
+    add("--name", help="of the run (default: made from the reward)")
+    add("--out", default="runs", help="folder of the runs (default runs)")
+    add("--eval-every", type=number(int, 1), default=10, help="iterations between evaluations (default 10)")
+    add("--save-every", type=number(int, 1), default=10, help="iterations between checkpoints (default 10)")
+    add("--resume", action="store_true", help="go on with the run --name")
+    args = parser.parse_args()
+    if args.resume:
+        saved = read_config(Path(args.out, args.name or "(give its --name)"))
+        parser.set_defaults(**saved)
+        args = parser.parse_args()
+        other = [f"--{k.replace('_', '-')} {saved[k]}" for k in saved if getattr(args, k) != saved[k]]
+        other = [flag for flag in other if not flag.startswith("--iterations")]
+        if other:
+            raise UserError(f"--resume: the run was started with {', '.join(other)}")
+    if args.estimator not in ESTIMATORS:
+        raise UserError(f"there is no estimator {args.estimator!r}; known: {', '.join(ESTIMATORS)}")
+    model = fill_defaults(args)
+    for key, value in ESTIMATORS[args.estimator].items():
+        if getattr(args, key) is None:
+            setattr(args, key, model.lr if value is None else value)
+    if args.estimator == "spsa" and args.pairs % args.directions:
+        raise UserError(f"--pairs {args.pairs} is not a multiple of --directions {args.directions}")
+    return args, model
+
+
+def split_prompts(path):
+    """Training and held-out prompts: those of a file, every tenth held out, or the bundled ones."""
+    if path is None:
+        return read_prompts(TINY / "prompts_train.txt"), read_prompts(TINY / "prompts_test.txt")
+    prompts = read_prompts(path)
+    if len(prompts) < 10:  # too few to spare any: the same prompts, from other noise
+        return prompts, prompts
+    return [prompt for i, prompt in enumerate(prompts) if i % 10], prompts[::10]
+
+
+class Scorer:
+    """The reward of latents, as the estimators ask for it; keeps what the terms gave until `take`."""
+
+    def __init__(self, flow, reward):
+        self.flow, self.reward, self.seen = flow, reward, []
+
+    def __call__(self, x, cond):
+        self.seen.append(self.reward.measure(self.flow.decode(x), [self.flow.prompts[i] for i in cond]))
+        return self.reward.combine(self.seen[-1])
+
+    def take(self):
+        """The values of each term since the last call: {name: [N]}."""
+        values, self.seen = gather(self.seen), []
+        return values
+
+
+class HeldOut:
+    """Measures the model on prompts it is not trained on, two images each, always from the same noise."""
+
+    def __init__(self, flow, count, reward, watched, args):
+        self.flow, self.reward, self.watched, self.batch = flow, reward, watched, args.batch
+        total = len(flow.prompts)
+        chosen = torch.linspace(total - count, total - 1, min(count, 60)).round().long()
+        self.cond = chosen.repeat_interleave(2)
+        self.prompts = [flow.prompts[i] for i in self.cond]
+        self.seeds = [args.seed * 1_000_000 + i for i in range(len(self.cond))]
+        self.embed = load_clip(args.model == "tiny", args.device).embed_images
+        self.base = None
+
+    @torch.no_grad()
+    def __call__(self):
+        """Returns the images [N, 3, H, W] and a record; the first call measures the base model.
+
+        Gain is the mean difference in reward to the base model's image from the same noise, drift the root mean
+        square difference in pixels, diversity the mean cosine distance of the CLIP embeddings of a prompt's images.
+        """
+        images, parts, embeddings = self.flow.images(self.cond, self.seeds, self.batch), [], []
+        for i in range(0, len(images), self.batch):
+            part, prompts = images[i : i + self.batch].to(self.flow.device), self.prompts[i : i + self.batch]
+            parts.append(self.reward.measure(part, prompts))
+            for term in self.watched:
+                if term.expression not in parts[-1]:
+                    parts[-1][term.expression] = term(part, prompts)
+            embeddings.append(self.embed(part))
+        values = gather(parts)
+        R = self.reward.combine(values)
+        if self.base is None:
+            self.base = images, R
+        first, second = torch.cat(embeddings).unflatten(0, (-1, 2)).unbind(1)
+        record = dict(zip(("held_out", "held_out_se"), mean_and_error(R)))
+        record |= dict(zip(("gain", "gain_se"), mean_and_error(R - self.base[1])))
+        record["watched"] = {name: mean_and_error(v)[0] for name, v in values.items()}
+        record["watched_se"] = {name: mean_and_error(v)[1] for name, v in values.items()}
+        record["diversity"] = 1 - (first * second).sum(1).mean().item()
+        record["drift"] = (images - self.base[0]).square().mean().sqrt().item()
+        return images, record
+
+
+def gather(parts):
+    """[{name: [n]}, ...] to {name: [N]}, on the CPU."""
+    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+
+
+def mean_and_error(values):
+    """Mean and standard error of the finite numbers among values [N]."""
+    values = values[values.isfinite()]
+    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
+
+
+def make_estimator(args, step):
+    """The estimator that the arguments name, as a function of (problem, eps, cond, generator)."""
+    if args.estimator == "spsa":
+        return partial(spsa, h=args.h, directions=args.directions)
+    if args.estimator == "central":
+        return partial(central_difference, h=args.h, coordinates=args.coordinates)
+    settings = {
+        key: getattr(args, key) for key in ("churn", "branches", "train_steps", "clip", "kl", "updates")
+    }
+    return partial(fdfo, step=step, **settings)
+
+
+def peak_memory(device):
+    """The most memory that has been in use, in MB: on the GPU since the last call, else by this process."""
+    if not device.startswith("cuda"):
+        return round(psutil.Process().memory_info().rss / 1e6)
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return round(peak / 1e6)
+
+
+def catch_interrupt():
+    """A list that gets an element at the first Ctrl-C, so that the loop can stop well; the second one stops at once."""
+    interrupted = []
+
+    def note(signum, frame):
+        interrupted.append(signum)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        tqdm.write("finishing this iteration, then saving (Ctrl-C again to stop at once)")
+
+    signal.signal(signal.SIGINT, note)
+    return interrupted
+
+
+def show(bar, records):
+    """Reward and held-out reward in the progress bar; a warning where rewards were not numbers."""
+    held_out = [record["held_out"] for record in records if "held_out" in record][-1]
+    bar.set_postfix_str(f"reward {records[-1]['reward']:.2f}, held-out {held_out:.2f}")
+    if records[-1]["dropped"]:
+        total = sum(record.get("dropped", 0) for record in records)
+        tqdm.write(f"warning: {total} groups so far dropped for a reward that is no finite number")
+
+
+def finish(folder, records, args):
+    """Draw the pictures of the run and say in one line what was gained."""
+    animate(folder)
+    report(folder, records, args.reward)
+    first, last = ([r for r in records if "held_out" in r][i] for i in (0, -1))
+    seconds = sum(record.get("seconds", 0) for record in records)
+    print(
+        f"held-out {args.reward}: {first['held_out']:.2f} ± {first['held_out_se']:.2f} -> "
+        f"{last['held_out']:.2f} ± {last['held_out_se']:.2f} (gain {last['gain']:.2f} ± {last['gain_se']:.2f}), "
+        f"{last['images']} images in {seconds:.0f} s; see {folder / 'report.png'}, or run "
+        f'python sample.py --lora {folder} --compare --prompt "red apple"'
+    )
+
+
+def main():
+    args, model = parse_args()
+    flow = SD3Flow(model, args)
+    prompts, held_prompts = split_prompts(args.prompts)
+    flow.encode(prompts + held_prompts)
+    tiny = args.model == "tiny"
+    reward = Reward(args.reward, tiny, args.device)
+    watched = [Reward(term, tiny, args.device) for term in args.watch.split(",") if term.strip()]
+    layers = attention_layers(flow.transformer, few=args.estimator != "fdfo")
+    lora = LoRA(flow.transformer, layers, args.rank, args.alpha, torch.Generator().manual_seed(args.seed))
+    optimizer = torch.optim.AdamW(lora.parameters, args.lr, weight_decay=1e-4)
+    problem = Problem(flow.velocity, Scorer(flow, reward), lora, flow.times, args.batch)
+    held_out = HeldOut(flow, len(held_prompts), reward, watched, args)
+    images, base = held_out()  # before anything is written: a reward that fails shows itself here
+
+    folder = Path(args.out, args.name) if args.resume else new_folder(args)
+    done = load_state(folder, lora, optimizer) if args.resume else 0
+    records = read_metrics(folder, done) or [{"iteration": 0, "images": 0, **base}]
+    write_config(folder, args)
+    write_metrics(folder, records)
+    save_picture(grid(images[:48], held_out.prompts, 8), folder / "samples" / "000000.png")
+
+    def step():
+        """An optimiser step, unless the gradient is not finite; returns the norm of the gradient."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in lora.parameters]).item()
+        if math.isfinite(norm):
+            optimizer.step()
+        optimizer.zero_grad()
+        return norm if math.isfinite(norm) else None
+
+    estimate = make_estimator(args, step)
+    interrupted = catch_interrupt()
+    bar = tqdm(range(done + 1, args.iterations + 1), args.name, initial=done, total=args.iterations)
+    for iteration in bar:
+        start = time.time()
+        seed = args.seed * 1_000_003 + iteration  # so that resuming needs no state of a generator
+        draws, generator = (torch.Generator(device).manual_seed(seed) for device in ("cpu", args.device))
+        cond = torch.randint(len(prompts), (args.pairs,), generator=draws)
+        eps = torch.randn(args.pairs, *flow.shape, generator=draws).to(args.device)
+        try:
+            statistics = estimate(problem, eps, cond, generator)
+        except (UserError, torch.OutOfMemoryError):
+            save_state(folder, iteration - 1, lora, optimizer)
+            raise
+        norm = step()
+
+        values = problem.reward.take()
+        record = {"iteration": iteration, "images": records[-1]["images"] + statistics["images"]}
+        record["reward"], record["reward_se"] = mean_and_error(reward.combine(values))
+        record["terms"] = {name: mean_and_error(v)[0] for name, v in values.items()}
+        record |= {"dropped": statistics["dropped"], "grad_norm": norm}
+        record |= {"seconds": round(time.time() - start, 3), "memory_mb": peak_memory(args.device)}
+        last = iteration == args.iterations
+        if iteration % args.eval_every == 0 or last:
+            images, measured = held_out()
+            record |= measured
+            picture = grid(images[:48], held_out.prompts, 8)
+            save_picture(picture, folder / "samples" / f"{iteration:06}.png")
+        records.append(record)
+        append_metrics(folder, record)
+        if iteration % args.save_every == 0 or last or interrupted:
+            save_state(folder, iteration, lora, optimizer)
+        show(bar, records)
+        if interrupted and not last:
+            bar.close()
+            print(f"stopped after iteration {iteration}; go on with --name {args.name} --resume")
+            sys.exit(130)
+    finish(folder, records, args)
+
+
+if __name__ == "__main__":
+    run(main)
