@@ -20,16 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
-class UserError(ValueError):
-    """A mistake of the person at the keyboard: the commands print it as one line and exit with code 2."""
-
-
-def first_line(error):
-    """The first line of an exception's message, for messages of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 # ---- the sampler
 
 
@@ -98,7 +88,7 @@ class LoRALinear(nn.Module):
 class LoRA:
     """Wraps every nn.Linear of `model` whose dotted name ends with one of `targets`, and freezes the rest.
 
-    `layers` maps names to LoRALinears, `parameters` lists all A and B. UserError if no layer matches.
+    `layers` maps names to LoRALinears, `parameters` lists all A and B. ValueError if no layer matches.
     """
 
     def __init__(self, model, targets, rank, alpha=None, generator=None):
@@ -110,7 +100,7 @@ class LoRA:
                 self.layers[name] = LoRALinear(base, rank, alpha or rank, generator)
                 model.set_submodule(name, self.layers[name])
         if not self.layers:
-            raise UserError(f"the model has no linear layer named {' or '.join(targets)}")
+            raise ValueError(f"the model has no linear layer named {' or '.join(targets)}")
 
     @property
     def parameters(self):
@@ -166,7 +156,7 @@ class Problem:
     times: as in `sample`. batch: most images in one call of velocity or reward.
 
     An estimator takes a Problem and G groups (noise eps [G, ...], cond [G, ...]), ADDS minus the gradient of
-    the expected reward to each parameter's .grad, from reward values alone, and returns a few statistics.
+    the expected reward to each parameter's .grad, from reward values alone, and returns {"images": number}.
     """
 
     velocity: Callable
@@ -198,15 +188,14 @@ def central_difference(problem, eps, cond, generator=None, h=0.02, coordinates=N
 
     Exact up to O(h^2), at 2 G images a coordinate; parameters outside the block get no gradient.
     """
-    g, dropped = problem.lora.zeros(), 0
+    g = problem.lora.zeros()
     block = torch.randperm(len(g), generator=generator, device=g.device)[:coordinates]
     for i in block.split(max(1, problem.batch // (2 * len(eps)))):
         e_i = F.one_hot(i, len(g)).to(g)
         slope = slopes(problem, e_i, h, eps.expand(len(i), *eps.shape), cond.expand(len(i), *cond.shape))
         g[i] = slope.nanmean(dim=1).nan_to_num()
-        dropped += slope.isnan().sum().item()
     problem.lora.add_grad(-g)
-    return {"images": 2 * len(block) * len(eps), "dropped": dropped}
+    return {"images": 2 * len(block) * len(eps)}
 
 
 def spsa(problem, eps, cond, generator=None, h=0.02, directions=16):
@@ -216,18 +205,17 @@ def spsa(problem, eps, cond, generator=None, h=0.02, directions=16):
     the directions; J_k is the mean over those of d_k. A direction is remade from its seed, never stored.
     """
     if len(eps) % directions:
-        raise UserError(f"{len(eps)} pairs cannot be dealt out evenly to {directions} directions")
+        raise ValueError(f"{len(eps)} pairs cannot be dealt out evenly to {directions} directions")
     eps, cond = (a.view(directions, -1, *a.shape[1:]) for a in (eps, cond))
     seeds = torch.randint(2**31, (directions,), generator=generator, device=eps.device)
-    g, dropped = problem.lora.zeros(), 0
+    g = problem.lora.zeros()
     size = max(1, problem.batch // (2 * eps.shape[1]))
     for seed, e, c in zip(seeds.split(size), eps.split(size), cond.split(size)):
         d = torch.stack([random_signs(g, k) for k in seed.tolist()])
         slope = slopes(problem, d, h, e, c)
         g += slope.nanmean(dim=1).nan_to_num() @ d / directions
-        dropped += slope.isnan().sum().item()
     problem.lora.add_grad(-g)
-    return {"images": 2 * eps.shape[0] * eps.shape[1], "dropped": dropped}
+    return {"images": 2 * eps.shape[0] * eps.shape[1]}
 
 
 def random_signs(like, seed):
@@ -250,7 +238,7 @@ def fdfo(
     kl: weight of a pull to the base model's velocity. updates: gradients per roll-out, `step` called between.
     """
     if branches < 2 or churn <= 0:
-        raise UserError("fdfo compares branches: it needs at least 2 of them, and churn > 0")
+        raise ValueError("fdfo compares branches: it needs at least 2 of them, and churn > 0")
     shares = zip(eps.chunk(updates), cond.chunk(updates))
     shares = [roll_out(problem, e, c, generator, churn, branches, train_steps) for e, c in shares]
     R = torch.cat([r["R"] for share in shares for r in share])
@@ -266,22 +254,22 @@ def fdfo(
                 v = problem.velocity(x, t, r["cond"])
                 dv = v - v_ref
                 # exp(mean(d^2) - mean((v - (v_ref - d))^2)), multiplied out because d is large and dv small
-                rho = torch.exp(-mean(dv * (dv + 2 * r["d"])))
+                rho = torch.exp(-(dv * (dv + 2 * r["d"])).flatten(1).mean(1))
                 loss = -dR * rho + dR.abs() / (2 * clip) * (rho - 1) ** 2
                 if kl > 0:
                     with torch.no_grad(), problem.lora.switched_off():
                         v_base = problem.velocity(x, t, r["cond"])
-                    loss = loss + kl * mean((v - v_base) ** 2)
+                    loss = loss + kl * ((v - v_base) ** 2).flatten(1).mean(1)
                 (weight / images * loss.sum()).backward()
-    return {"images": R.numel(), "dropped": R.isnan().any(1).sum().item()}
+    return {"images": R.numel()}
 
 
 @torch.no_grad()
 def roll_out(problem, eps, cond, generator, churn, branches, train_steps):
     """Sample `branches` images from every noise; returns a record for each micro-batch of B images:
 
-    cond [B, ...], R [B / K, K], the (weight, t, x_t, v) of the steps to train on, and the direction d [B, ...]:
-    from the group's mean image to this one, over the mean square of that.
+    cond [B, ...], R [B / K, K], the (weight, t, x_t, v) of the steps to train on, and the direction d
+    [B, ...] from the group's mean image to this one, over its mean square.
     """
     records, groups = [], max(1, problem.batch // branches)
     for e, c in zip(eps.split(groups), cond.split(groups)):
@@ -300,8 +288,8 @@ def roll_out(problem, eps, cond, generator, churn, branches, train_steps):
 def step_weights(times, count=None, generator=None, device="cpu"):
     """The share of the whole time that each step covers, for so much does its velocity move the image.
 
-    With a count, as many steps as that are drawn with these chances (evenly spaced in time, so that they differ)
-    and count alike; the others get 0. Either way the expected weights are the shares, and they add up to 1.
+    With a count, that many points evenly spaced in time, from a random start, draw the steps that count; the
+    others get 0. Either way the expected weights are the shares, and they add up to 1.
     """
     share = -torch.tensor(times).diff() / times[0]
     if count is None:
@@ -309,11 +297,6 @@ def step_weights(times, count=None, generator=None, device="cpu"):
     points = (torch.rand(1, generator=generator, device=device).cpu() + torch.arange(count)) / count
     drawn = torch.searchsorted(share.cumsum(0), points).clamp(max=len(share) - 1)
     return (torch.bincount(drawn, minlength=len(share)) / count).tolist()
-
-
-def mean(x):
-    """Mean over everything but the batch: [B, ...] -> [B]."""
-    return x.flatten(1).mean(1)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
 """A diffusers pipeline as a flow in the coordinates of fdflow.py, and LoRA files that diffusers reads."""
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
-from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 import fdflow
-from fdflow import LoRA, UserError, first_line
+from errors import UserError, first_line
+from fdflow import LoRA
 
 TINY = Path(__file__).resolve().parent / "tiny"
 
@@ -50,7 +51,8 @@ def find_model(name):
 
 
 def load_pipeline(path, dtype):
-    """Load a StableDiffusion3Pipeline, with None for what its index lists as null. UserError says what is wrong."""
+    """Load a StableDiffusion3Pipeline, with None for what its index lists as null; or a UserError."""
+    warnings.filterwarnings("ignore", module="huggingface_hub")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     diffusers.logging.set_verbosity_error()
@@ -63,27 +65,21 @@ def load_pipeline(path, dtype):
             raise UserError(f"{path} is a {index['_class_name']}; this trains StableDiffusion3Pipeline")
         absent = {part: None for part, kind in index.items() if kind == [None, None]}
         return diffusers.StableDiffusion3Pipeline.from_pretrained(path, dtype=dtype, **absent)
-    except GatedRepoError as error:
-        raise UserError(
-            f"{path} is gated: accept its licence on the hub, then run `hf auth login`"
-        ) from error
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        if isinstance(error.__cause__, GatedRepoError):
-            raise UserError(
-                f"{path} is gated: accept its licence on the hub, then run `hf auth login`"
-            ) from error
-        if Path(path).is_dir():
-            raise UserError(f"{path} is damaged or incomplete: {first_line(error)}") from error
-        raise UserError(
-            f"cannot reach model {path}: check its name and the network, or use --model tiny"
-        ) from error
+        if "gated" in str(error):
+            message = f"{path} is gated: accept its licence on the hub, then run `hf auth login`"
+        elif Path(path).is_dir():
+            message = f"{path} is damaged or incomplete: {first_line(error)}"
+        else:
+            message = f"cannot reach model {path}: check its name and the network, or use --model tiny"
+        raise UserError(message) from error
 
 
 def attention_layers(transformer, few=False):
     """Names of the layers to train: all attention projections of both streams, as in the paper.
 
-    Few: the value and output projections of the image stream in the last four blocks, for the estimators whose
-    variance or cost grows with the number of parameters.
+    Few: the value and output projections of the image stream in the last four blocks, for the estimators
+    whose variance or cost grows with the number of parameters.
     """
     if few:
         blocks = range(len(transformer.transformer_blocks))[-4:]
@@ -165,7 +161,7 @@ class SD3Flow:
         return torch.cat(images)
 
     def noise(self, seeds):
-        """Standard normal noise [len(seeds), C, h, w]; image i has that of torch.Generator().manual_seed(seeds[i])."""
+        """Standard normal noise [N, C, h, w], image i that of torch.Generator().manual_seed(seeds[i])."""
         draws = [torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(draws).to(self.device)
 
@@ -184,7 +180,7 @@ class SD3Flow:
 
 
 def save_lora(lora, path):
-    """Write what `pipe.load_lora_weights` reads. The scale is folded into B, so that alpha equals the rank."""
+    """Write what `pipe.load_lora_weights` reads; the scale is folded into B, so alpha equals the rank."""
     tensors = {}
     for name, layer in lora.layers.items():
         tensors[f"transformer.{name}.lora_A.weight"] = layer.A.detach().cpu().clone()

@@ -48,7 +48,7 @@ def animate(folder):
 
 
 def report(folder, metrics, reward):
-    """Draw report.png: the first and the last grid of a run, and the curves of its metrics (a list of dicts)."""
+    """Draw report.png: the first and last grid of a run, and the curves of its metrics (a list of dicts)."""
     import matplotlib
 
     matplotlib.use("Agg")

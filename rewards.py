@@ -1,7 +1,7 @@
 """Rewards: what the images are trained to be, as an expression over predictors, programs and your own code.
 
-A reward is any callable (images: float [B, 3, H, W] in [0, 1], prompts: list of B strings) -> [B] numbers, higher is
-better. It needs no gradient. `Reward("clip - 0.1*jpeg_size")` combines them; `file.py:function` is your own.
+A reward is any callable (images: float [B, 3, H, W] in [0, 1], prompts: list of B strings) -> [B] numbers,
+higher is better, no gradient needed. `Reward("clip - 0.1*jpeg_size")` combines them.
 """
 
 import ast
@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from fdflow import UserError, first_line
+from errors import UserError, first_line
 
 TINY = Path(__file__).resolve().parent / "tiny"
 
@@ -52,7 +52,7 @@ def colorfulness(images, prompts):
 
 
 def jpeg_size(images, prompts):
-    """Size as a JPEG file of quality 95, in kB of 1,000 bytes (Black et al. 2023, DDPO). Compressibility is minus this."""
+    """Size as a JPEG file of quality 95, in kB of 1,000 bytes (DDPO, Black et al. 2023)."""
     sizes = []
     for image in (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy():
         file = io.BytesIO()
@@ -74,7 +74,7 @@ class Clip:
         self.last = (None, None)
 
     def pixels(self, images):
-        """What the model's own image processor makes of images [B, 3, H, W] in [0, 1], on the images' device."""
+        """What the model's own image processor makes of images [B, 3, H, W] in [0, 1], on their device."""
         config = self.processor
         if "shortest_edge" in config.size:
             scale = config.size["shortest_edge"] / min(images.shape[2:])
@@ -82,7 +82,8 @@ class Clip:
         else:
             size = [config.size["height"], config.size["width"]]
         if size != list(images.shape[2:]):
-            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+            for shape in ((images.shape[2], size[1]), size):  # PIL, too, clips after each of its two passes
+                images = F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)
         if config.do_center_crop:
             height, width = config.crop_size["height"], config.crop_size["width"]
             top, left = (size[0] - height) // 2, (size[1] - width) // 2
@@ -127,7 +128,7 @@ def tiny_head():
 
 
 def laion_head(path):
-    """The published head, linear throughout; its dropouts, which do nothing here, hold places 1, 3 and 5."""
+    """The published head, linear throughout; its dropouts, without effect here, hold places 1, 3 and 5."""
     widths = [(768, 1024), None, (1024, 128), None, (128, 64), None, (64, 16), (16, 1)]
     head = nn.Sequential(*(nn.Linear(*width) if width else nn.Identity() for width in widths))
     weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -186,7 +187,7 @@ def load_function(term):
 class Reward:
     """An expression over rewards: names, numbers, + - * and parentheses, as "clip - 0.1*jpeg_size".
 
-    `terms` maps each name to its callable; models load now, and only those named. UserError if it does not parse.
+    `terms` maps each name to its callable; only what is named loads. UserError if it does not parse.
     """
 
     def __init__(self, expression, tiny=True, device="cpu"):
@@ -205,7 +206,8 @@ class Reward:
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Name):
                 node.id = paths.get(node.id, node.id)
-        names = [node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name)]
+        nodes = [node for node in ast.walk(self.tree) if isinstance(node, ast.Name)]
+        names = [node.id for node in sorted(nodes, key=lambda node: node.col_offset)]
         self.combine(dict.fromkeys(names, 0.0))  # finds what an expression may not have
         if not names:
             raise UserError(f"reward {expression!r} names no reward; known: {', '.join(KNOWN)}")
@@ -234,7 +236,7 @@ class Reward:
 
     @torch.no_grad()
     def measure(self, images, prompts):
-        """The values of each term, {name: float32 [B]}, NaN where a term gave something that is not finite."""
+        """The values of each term, {name: float32 [B]}, NaN where one is not finite."""
         return {name: checked(name, term, images, prompts) for name, term in self.terms.items()}
 
     def __call__(self, images, prompts):

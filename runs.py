@@ -8,23 +8,22 @@ from pathlib import Path
 
 import torch
 
-from fdflow import UserError, first_line
+from errors import UserError, first_line
 from flows import save_lora
 
 
 def new_folder(args):
-    """Make the folder out/name of a new run and write its config.json. UserError if the name is taken."""
+    """Make the folder out/name of a new run, with a name after the reward if none is given."""
     if args.name is None:
         stem = re.sub(r"[^\w.]+", "-", args.reward).strip("-.")[-60:]
         names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
         args.name = next(name for name in names if not Path(args.out, name).exists())
     folder = Path(args.out, args.name)
     try:
-        (folder / "samples").mkdir(parents=True)
-    except FileExistsError as error:
-        raise UserError(f"the run {folder} exists: choose another --name, or add --resume") from error
+        folder.mkdir(parents=True)
+        (folder / "samples").mkdir()
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {first_line(error)}") from error
+        raise UserError(f"cannot make the folder {folder}: {first_line(error)}") from error
     return folder
 
 

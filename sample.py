@@ -5,12 +5,11 @@ python sample.py --prompt "red apple" --n 8 [--lora runs/NAME] [--guidance 4] [-
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 
-from fdflow import UserError, first_line
+from errors import UserError, first_line, run
 from flows import MODELS, SD3Flow, find_model, load_lora
 from pictures import grid
 
@@ -47,24 +46,6 @@ def number(kind, low, high=float("inf")):
 
     parse.__name__ = kind.__name__
     return parse
-
-
-def run(main):
-    """Run a command; what its user can mend becomes one line and exit code 2."""
-    try:
-        main()
-    except UserError as error:
-        sys.exit(tell(error))
-    except torch.OutOfMemoryError:
-        sys.exit(tell("out of GPU memory: lower --batch, --size or --rank"))
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def tell(error):
-    """Print one line about an error; returns the exit code."""
-    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-    return 2
 
 
 def add_model_arguments(parser):

@@ -17,7 +17,8 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from fdflow import LoRA, Problem, UserError, central_difference, fdfo, spsa
+from errors import UserError, run
+from fdflow import LoRA, Problem, central_difference, fdfo, spsa
 from flows import TINY, SD3Flow, attention_layers
 from pictures import animate, grid, report, save_picture
 from rewards import Reward, load_clip
@@ -31,7 +32,7 @@ from runs import (
     write_config,
     write_metrics,
 )
-from sample import Parser, add_model_arguments, fill_defaults, number, read_prompts, run
+from sample import Parser, add_model_arguments, fill_defaults, number, read_prompts
 
 # what suits each estimator; differences between parameters want few of them
 ESTIMATORS = {
@@ -85,6 +86,8 @@ def parse_args():
         other = [flag for flag in other if not flag.startswith("--iterations")]
         if other:
             raise UserError(f"--resume: the run was started with {', '.join(other)}")
+    elif args.name and Path(args.out, args.name).exists():
+        raise UserError(f"the run {Path(args.out, args.name)} exists: choose another --name, or add --resume")
     if args.estimator not in ESTIMATORS:
         raise UserError(f"there is no estimator {args.estimator!r}; known: {', '.join(ESTIMATORS)}")
     model = fill_defaults(args)
@@ -139,8 +142,9 @@ class HeldOut:
     def __call__(self):
         """Returns the images [N, 3, H, W] and a record; the first call measures the base model.
 
-        Gain is the mean difference in reward to the base model's image from the same noise, drift the root mean
-        square difference in pixels, diversity the mean cosine distance of the CLIP embeddings of a prompt's images.
+        Gain is the mean difference in reward to the base model's image from the same noise, drift the root
+        mean square difference in pixels, diversity the mean cosine distance between the CLIP embeddings of a
+        prompt's two images.
         """
         images, parts, embeddings = self.flow.images(self.cond, self.seeds, self.batch), [], []
         for i in range(0, len(images), self.batch):
@@ -197,7 +201,7 @@ def peak_memory(device):
 
 
 def catch_interrupt():
-    """A list that gets an element at the first Ctrl-C, so that the loop can stop well; the second one stops at once."""
+    """A list that gets an element at the first Ctrl-C, for the loop to stop at; the second stops at once."""
     interrupted = []
 
     def note(signum, frame):
@@ -213,9 +217,9 @@ def show(bar, records):
     """Reward and held-out reward in the progress bar; a warning where rewards were not numbers."""
     held_out = [record["held_out"] for record in records if "held_out" in record][-1]
     bar.set_postfix_str(f"reward {records[-1]['reward']:.2f}, held-out {held_out:.2f}")
-    if records[-1]["dropped"]:
-        total = sum(record.get("dropped", 0) for record in records)
-        tqdm.write(f"warning: {total} groups so far dropped for a reward that is no finite number")
+    if records[-1]["not_finite"]:
+        total = sum(record.get("not_finite", 0) for record in records)
+        tqdm.write(f"warning: {total} rewards so far were no finite numbers; their groups were dropped")
 
 
 def finish(folder, records, args):
@@ -224,10 +228,10 @@ def finish(folder, records, args):
     report(folder, records, args.reward)
     first, last = ([r for r in records if "held_out" in r][i] for i in (0, -1))
     seconds = sum(record.get("seconds", 0) for record in records)
+    before, after = (f"{r['held_out']:.2f} ± {r['held_out_se']:.2f}" for r in (first, last))
     print(
-        f"held-out {args.reward}: {first['held_out']:.2f} ± {first['held_out_se']:.2f} -> "
-        f"{last['held_out']:.2f} ± {last['held_out_se']:.2f} (gain {last['gain']:.2f} ± {last['gain_se']:.2f}), "
-        f"{last['images']} images in {seconds:.0f} s; see {folder / 'report.png'}, or run "
+        f"held-out {args.reward} {before} -> {after} (gain {last['gain']:.2f} ± {last['gain_se']:.2f}), "
+        f"{last['images']} images, {seconds:.0f} s; see {folder / 'report.png'} and try: "
         f'python sample.py --lora {folder} --compare --prompt "red apple"'
     )
 
@@ -272,17 +276,18 @@ def main():
         cond = torch.randint(len(prompts), (args.pairs,), generator=draws)
         eps = torch.randn(args.pairs, *flow.shape, generator=draws).to(args.device)
         try:
-            statistics = estimate(problem, eps, cond, generator)
+            made = estimate(problem, eps, cond, generator)["images"]
         except (UserError, torch.OutOfMemoryError):
             save_state(folder, iteration - 1, lora, optimizer)
             raise
         norm = step()
 
         values = problem.reward.take()
-        record = {"iteration": iteration, "images": records[-1]["images"] + statistics["images"]}
-        record["reward"], record["reward_se"] = mean_and_error(reward.combine(values))
+        R = reward.combine(values)
+        record = {"iteration": iteration, "images": records[-1]["images"] + made}
+        record["reward"], record["reward_se"] = mean_and_error(R)
         record["terms"] = {name: mean_and_error(v)[0] for name, v in values.items()}
-        record |= {"dropped": statistics["dropped"], "grad_norm": norm}
+        record |= {"not_finite": R.isnan().sum().item(), "grad_norm": norm}
         record |= {"seconds": round(time.time() - start, 3), "memory_mb": peak_memory(args.device)}
         last = iteration == args.iterations
         if iteration % args.eval_every == 0 or last:

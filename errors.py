@@ -1,0 +1,31 @@
+"""A mistake of the user ends in one line, which names it and the remedy, and in exit code 2."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+
+class UserError(Exception):
+    """A mistake that its message, of one line, tells how to mend."""
+
+
+def first_line(error):
+    """The first line of an exception's message, to be quoted in a UserError."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def run(main):
+    """Run a command and turn its errors into lines and exit codes."""
+    try:
+        main()
+    except UserError as error:
+        message = str(error)
+    except torch.OutOfMemoryError:
+        message = "out of GPU memory: lower --batch, --size or --rank"
+    except KeyboardInterrupt:
+        sys.exit(130)
+    else:
+        return
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)

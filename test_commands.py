@@ -1,0 +1,199 @@
+"""Tests of the commands, run as a user runs them: arguments good and bad, interruptions, same numbers again.
+
+pytest -q
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+SHORT = ["--reward", "colorfulness", "--pairs", "8", "--steps", "2", "--lr", "2e-3", "--eval-every", "4"]
+
+
+def start(*args, cwd):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    return subprocess.Popen(
+        [sys.executable, HERE / args[0], *map(str, args[1:])],
+        cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def command(*args, cwd):
+    """Exit code, standard output and standard error of `python args`."""
+    process = start(*args, cwd=cwd)
+    out, err = process.communicate(timeout=280)
+    return process.returncode, out, err
+
+
+def metrics(folder):
+    """The records of a run, less what depends on the machine."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "memory_mb")} for r in records]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A short training run that nothing interrupts: its folder and what it said."""
+    cwd = tmp_path_factory.mktemp("whole")
+    code, out, err = command("train.py", *SHORT, "--iterations", 8, cwd=cwd)
+    assert code == 0, err
+    return cwd / "runs" / "colorfulness", out
+
+
+def test_training_raises_the_reward_and_leaves_a_complete_folder(whole):
+    folder, out = whole
+    names = "config.json evolution.webp lora.safetensors metrics.jsonl report.png samples state.previous.pt state.pt"
+    assert [path.name for path in sorted(folder.iterdir())] == [
+        n for n in names.split() if "previous" not in n
+    ]
+    assert [path.name for path in sorted((folder / "samples").iterdir())] == [
+        "000000.png",
+        "000004.png",
+        "000008.png",
+    ]
+    records = metrics(folder)
+    assert [record["iteration"] for record in records] == list(range(9))
+    assert records[-1]["images"] == 8 * 16
+    # the same noise before and after, so that the gain has a small error; five of them
+    assert records[-1]["gain"] > 5 * records[-1]["gain_se"]
+    assert records[-1]["held_out"] - records[0]["held_out"] == pytest.approx(records[-1]["gain"], abs=1e-3)
+    assert records[0]["drift"] == 0 < records[-1]["drift"] < 0.2
+    assert set(records[-1]["watched"]) == {"colorfulness", "aesthetic", "clip"}
+    assert out.startswith("held-out colorfulness") and "sample.py --lora" in out and out.count("\n") == 1
+    assert Image.open(folder / "report.png").size[0] > 1000
+    assert Image.open(folder / "evolution.webp").n_frames == 3
+
+
+def kill_when(seen, process, timeout=120):
+    """SIGKILL the process as soon as `seen()`."""
+    end = time.time() + timeout
+    while not seen():
+        assert process.poll() is None and time.time() < end, process.communicate()[1]
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_killed_and_resumed_gives_the_same_numbers(whole, tmp_path):
+    folder = tmp_path / "runs" / "again"
+    args = ["train.py", *SHORT, "--name", "again", "--save-every", 2, "--iterations", 8]
+    lines = folder / "metrics.jsonl"
+    # between checkpoints: after the third iteration is written down, one after the checkpoint
+    kill_when(lambda: lines.exists() and len(lines.read_text().splitlines()) >= 4, start(*args, cwd=tmp_path))
+    assert not (folder / "report.png").exists()
+    # within a checkpoint: while the file that will be state.pt grows
+    kill_when((folder / "state.part").exists, start(*args, "--resume", cwd=tmp_path))
+    # and the newest checkpoint is damaged, as by a full disk
+    state = folder / "state.pt"
+    for name in ("state.pt", "state.previous.pt"):
+        if (folder / name).exists():
+            torch.load(folder / name, weights_only=True)
+    state.replace(folder / "state.previous.pt")
+    state.write_bytes((folder / "state.previous.pt").read_bytes()[:1000])
+    code, out, err = command("train.py", "--name", "again", "--resume", cwd=tmp_path)
+    assert code == 0, err
+    assert "state.pt is damaged" in out
+    assert metrics(folder) == metrics(whole[0])
+
+
+def test_interrupted_run_saves_and_exits_130(tmp_path):
+    process = start("train.py", *SHORT, "--iterations", 50, "--name", "x", cwd=tmp_path)
+    folder, end = tmp_path / "runs" / "x", time.time() + 120
+    while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 2:
+        assert time.time() < end and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "--name x --resume" in out and "Traceback" not in err
+    assert torch.load(folder / "state.pt", weights_only=True)["iteration"] == metrics(folder)[-1]["iteration"]
+
+
+def test_sample_compares_a_run_with_its_base(whole, tmp_path):
+    code, out, err = command(
+        "sample.py", "--prompt", "red apple", "--prompt", "robot", "--n", 3, "--lora", whole[0], "--compare",
+        "--out", "both.png", cwd=tmp_path,
+    )  # fmt: skip
+    assert code == 0 and out == "both.png\n", err
+    picture = Image.open(tmp_path / "both.png")
+    # three columns of two images of 128 pixels, two rows
+    assert picture.width > 3 * 256 and 2 * 128 < picture.height < 3 * 128
+    left, right = picture.crop((4, 4, 132, 132)), picture.crop((132, 4, 260, 132))
+    assert left.tobytes() != right.tobytes()
+
+
+@pytest.mark.parametrize("estimator", ["spsa --pairs 8 --directions 4", "central --coordinates 4 --pairs 2"])
+def test_other_estimators_run_from_the_same_command_line(estimator, tmp_path):
+    name, *options = estimator.split()
+    args = ["--reward", "brightness", "--estimator", name, *options, "--steps", 2, "--iterations", 1]
+    code, out, err = command("train.py", *args, cwd=tmp_path)
+    assert code == 0, err
+    last = metrics(tmp_path / "runs" / "brightness")[-1]
+    assert last["images"] == 16 and last["drift"] > 0
+
+
+BAD = {
+    "--reward nonsense": "known: aesthetic, clip",
+    "--reward brightness**2": "column 1",
+    "--reward broken.py:f": "broken.py:f raised ValueError: no luck",
+    "--reward short.py:f": "must return [64] numbers, not [1]",
+    "--estimator newton": "known: fdfo, spsa, central",
+    "--model nowhere": "none of tiny",
+    "--model some/where": "cannot reach model some/where",
+    "--model empty": "no model_index.json",
+    "--prompts missing.txt": "no prompt file missing.txt",
+    "--prompts empty.txt": "empty.txt is empty",
+    "--prompts picture.bin": "picture.bin is not a text file",
+    "--iterations 0": "0 is not between 1 and",
+    "--churn -1": "-1 is not between",
+    "--lr fast": "invalid float value: 'fast'",
+    "--size 100": "multiples of 8 pixels up to 64",
+    "--name taken": "choose another --name",
+    "--resume": "--name",
+    "--name missing --resume": "missing is not the folder of a run",
+    "--name taken --resume --lr 0.1": "--lr 0.0005",
+    "--estimator spsa --pairs 10": "not a multiple of --directions 16",
+    "--device cuda:99": "--device cuda:99",
+    "--no-such-flag": "unrecognized arguments: --no-such-flag",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_arguments_end_in_one_line(flags, tmp_path):
+    (tmp_path / "broken.py").write_text("def f(images, prompts):\n    raise ValueError('no luck')\n")
+    (tmp_path / "short.py").write_text("def f(images, prompts):\n    return [1.0]\n")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "picture.bin").write_bytes(b"\x89PNG\xff\xfe\x00")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "runs" / "taken").mkdir(parents=True)
+    (tmp_path / "runs" / "taken" / "config.json").write_text('{"lr": 0.0005, "out": "runs", "name": "taken"}')
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = command("train.py", *flags.split(), cwd=tmp_path)
+    assert code == 2 and out == ""
+    assert err.startswith("train.py: ") and err.count("\n") == 1 and BAD[flags] in err, err
+    assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts] == before
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        ("", "give a --prompt"),
+        ("--prompt robot --compare", "--compare needs --lora"),
+        ("--prompt robot --lora missing", "no LoRA at missing"),
+        ("--prompt robot --out no/such/folder.png", "cannot write no/such/folder.png"),
+        ("--prompt robot --out picture", "cannot write picture"),
+    ],
+)
+def test_bad_sample_arguments_end_in_one_line(flags, complaint, tmp_path):
+    code, out, err = command("sample.py", *flags.split(), "--n", "1", cwd=tmp_path)
+    assert code == 2 and complaint in err.splitlines()[-1] and "Traceback" not in err
+    assert not list(tmp_path.iterdir())

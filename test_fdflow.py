@@ -1,0 +1,401 @@
+"""Tests: the estimators against autograd and closed forms, the tiny model against diffusers.
+
+pytest -q
+"""
+
+import argparse
+import math
+import os
+from pathlib import Path
+
+import diffusers
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fdflow
+import toy
+from fdflow import LoRA, Problem, central_difference, churned_step, fdfo, sample, spsa
+from flows import SD3Flow, attention_layers, load_lora, save_lora
+from sample import fill_defaults
+
+HERE = Path(__file__).resolve().parent
+TINY = HERE / "tiny"
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(2)
+
+
+# ---- toy flows
+
+
+def small_problem(seed=0, **options):
+    """A random curved flow in 3 dimensions with 60 float64 LoRA parameters, none of them zero."""
+    generator = torch.Generator().manual_seed(seed)
+    net = nn.Sequential(nn.Linear(4, 10), nn.Tanh(), nn.Linear(10, 3)).double()
+    for p in net.parameters():
+        p.data = 0.7 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    lora = LoRA(net, ["0", "2"], rank=2, generator=generator)
+    for p in lora.parameters:
+        p.data = 0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+
+    def velocity(x, t, cond):
+        return net(torch.cat([x, torch.full_like(x[:, :1], t)], 1))
+
+    def reward(x, cond):
+        return torch.sin(x[:, 0]) - (x[:, 1] - cond) ** 2 + x[:, 2] * x[:, 0]
+
+    return Problem(velocity, reward, lora, torch.linspace(1, 0, 6).tolist(), **options)
+
+
+def draw(n, dim=3, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, dim, generator=generator).double(), torch.rand(n, generator=generator).double()
+
+
+def exact_gradient(problem, eps, cond):
+    toy.autograd(problem, eps, cond)
+    return toy.gradient(problem.lora)
+
+
+def estimated(problem, estimator, *args, **options):
+    estimator(problem, *args, **options)
+    return toy.gradient(problem.lora)
+
+
+def relative_error(g, exact):
+    return ((g - exact).norm() / exact.norm()).item()
+
+
+def test_central_difference_is_the_autograd_gradient():
+    problem, groups = small_problem(), draw(5)
+    exact = exact_gradient(problem, *groups)
+    assert exact.norm() > 0.1
+    assert relative_error(estimated(problem, central_difference, *groups, h=1e-4), exact) < 1e-6
+    # the error is h^2 times a constant: a third of h has a ninth of it
+    coarse, fine = (
+        relative_error(estimated(problem, central_difference, *groups, h=h), exact) for h in (0.06, 0.02)
+    )
+    assert coarse / fine == pytest.approx(9, rel=0.05)
+
+
+def test_central_difference_of_a_block_leaves_the_rest_alone():
+    problem, groups = small_problem(), draw(5)
+    g = estimated(problem, central_difference, *groups, h=1e-4, coordinates=7)
+    exact = exact_gradient(problem, *groups)
+    assert (g != 0).sum() == 7
+    torch.testing.assert_close(g[g != 0], exact[g != 0], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("directions", [64, 1024])
+def test_spsa_error_falls_as_one_over_root_directions(directions):
+    # With random signs, E|g - exact|^2 = (P - 1) |exact|^2 / directions. In units of it, one estimate has the
+    # mean 1 and about the spread sqrt(2 / P) = 0.18; over 20 estimates 0.04. Four of those are allowed.
+    problem, (eps, cond) = small_problem(batch=4096), draw(4)
+    exact = exact_gradient(problem, eps, cond)
+    unit = (len(exact) - 1) * exact.norm() ** 2 / directions
+    generator = torch.Generator().manual_seed(0)
+    groups = eps.repeat(directions, 1), cond.repeat(directions)
+    estimates = [
+        estimated(problem, spsa, *groups, generator, h=1e-3, directions=directions) for _ in range(20)
+    ]
+    errors = torch.stack([(g - exact).square().sum() / unit for g in estimates])
+    assert errors.mean() == pytest.approx(1, abs=0.16)
+    # unbiased: the mean of all 20 has a twentieth of the squared error
+    assert (torch.stack(estimates).mean(0) - exact).square().sum() / unit * 20 == pytest.approx(1, abs=0.75)
+
+
+def test_both_sides_of_a_difference_see_the_same_noise():
+    problem, groups = small_problem(), draw(8)
+    starts, velocity = [], problem.velocity
+
+    def spy(x, t, cond):
+        if t == 1:
+            starts.append((x, cond))
+        return velocity(x, t, cond)
+
+    problem.velocity = spy
+    estimated(problem, spsa, *groups, directions=4)
+    for x, cond in starts:
+        plus, minus = x.chunk(2)
+        assert torch.equal(plus, minus) and torch.equal(*cond.chunk(2))
+    assert torch.equal(torch.cat([x.chunk(2)[0] for x, _ in starts]), groups[0])
+
+
+def test_population_axis_equals_one_member_at_a_time():
+    results, calls = [], []
+    for batch in (1000, 1):  # all 32 directions in one pass, or one image at a time
+        problem, groups = small_problem(batch=batch), draw(64)
+        velocity = problem.velocity
+        problem.velocity = lambda *args: calls.append(1) or velocity(*args)  # noqa: B023
+        results.append(estimated(problem, spsa, *groups, torch.Generator().manual_seed(3), directions=32))
+        calls.append("next")
+    assert calls.index("next") == 5 and len(calls) == 2 + 5 + 5 * 64
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+    # and by hand: member k is the model with those parameters
+    problem, (eps, cond) = small_problem(), draw(6)
+    offsets = 0.1 * torch.randn(3, sum(problem.lora.sizes), dtype=torch.float64)
+    with problem.lora.perturbed(offsets):
+        together = problem.velocity(eps, 0.5, cond)
+    for offset, x, v in zip(offsets, eps.chunk(3), together.chunk(3)):
+        start = [p.data for p in problem.lora.parameters]
+        for p, o in zip(problem.lora.parameters, offset.split(problem.lora.sizes)):
+            p.data = p.data + o.view_as(p)
+        torch.testing.assert_close(problem.velocity(x, 0.5, None), v)
+        for p, data in zip(problem.lora.parameters, start):
+            p.data = data
+
+
+def test_fdfo_agrees_with_autograd_on_a_learned_flow():
+    torch.set_num_threads(1)  # so small a network only loses by two
+    velocity = toy.train_base(steps=800)
+    lora = LoRA(velocity, toy.LAYERS, rank=4, generator=torch.Generator().manual_seed(0))
+    problem = Problem(velocity, toy.reward, lora, toy.TIMES, batch=4096)
+    optimizer = torch.optim.Adam(lora.parameters, 2e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):  # away from the start, where B = 0 hides half of the gradient
+        fdfo(problem, torch.randn(256, 2, generator=generator), torch.zeros(256), generator)
+        optimizer.step()
+        optimizer.zero_grad()
+    eps = torch.randn(4096, 2, generator=generator)
+    exact = exact_gradient(problem, eps, torch.zeros(4096))
+    for branches in (2, 4):
+        g = estimated(problem, fdfo, eps, torch.zeros(4096), generator, branches=branches)
+        assert torch.cosine_similarity(g, exact, dim=0) > 0.85
+
+
+def constant_flow(dim=6):
+    """v does not depend on x, so x_0 = eps - v; J = mean(w x_0) has the gradient -w with respect to v."""
+    base = nn.Linear(1, dim).double()
+    lora = LoRA(nn.Sequential(base), ["0"], rank=1, generator=torch.Generator().manual_seed(0))
+    (layer,) = lora.layers.values()
+    layer.A.data.fill_(1.0)
+    w = torch.linspace(-1, 2, dim, dtype=torch.float64)
+    seen = []
+
+    def reward(x, cond):
+        seen.append(x @ w)
+        return x @ w
+
+    times = [1.0, 0.8, 0.5, 0.4, 0.0]  # uneven, so that each step must count by its length
+    problem = Problem(lambda x, t, cond: layer(torch.ones_like(x[:, :1])), reward, lora, times, 40000)
+    return problem, layer, w, seen
+
+
+@pytest.mark.parametrize("train_steps", [None, 2])
+def test_fdfo_is_the_closed_form_for_a_linear_flow(train_steps):
+    problem, layer, w, seen = constant_flow()
+    eps, _ = draw(20000, len(w))
+    fdfo(problem, eps, torch.zeros(20000), torch.Generator().manual_seed(0), train_steps=train_steps)
+    R = seen[0].view(-1, 2)
+    unit = (R - R.mean(1, keepdim=True)).abs().mean()
+    # dJ/dv = -w, and the gradient of a mean over elements has the factor 2 / dim; .grad holds minus that
+    expected = 2 / len(w) * w / unit
+    # each element is a mean of 20,000 numbers with a spread of about 2 |w|; five standard errors of it
+    error = (layer.B.grad[:, 0] - expected) * unit * len(w) / 2
+    assert error.abs().max() < 5 * 2 * w.norm() / math.sqrt(20000)
+
+
+def test_fdfo_gradient_is_the_plain_linear_pull():
+    problem, groups = small_problem(), draw(16)
+    settings = dict(churn=0.1, branches=3, train_steps=None)
+    g = estimated(problem, fdfo, *groups, torch.Generator().manual_seed(5), **settings)
+    records = fdflow.roll_out(problem, *groups, torch.Generator().manual_seed(5), **settings)
+    R = torch.cat([r["R"] for r in records])
+    unit = (R - R.mean(1, keepdim=True)).abs().mean()
+    for r in records:
+        pull = ((r["R"] - r["R"].mean(1, keepdim=True)) / unit).view(-1, 1) * r["d"]
+        for weight, t, x, v_ref in r["steps"]:
+            loss = F.mse_loss(problem.velocity(x, t, r["cond"]), v_ref - pull, reduction="none").mean(1)
+            (weight * loss.sum() / R.numel()).backward()
+    torch.testing.assert_close(g, toy.gradient(problem.lora), rtol=1e-9, atol=1e-12)
+
+
+def test_fdfo_drops_a_group_with_a_nan():
+    problem, (eps, cond) = small_problem(), draw(8)
+    reward = problem.reward
+    clean = estimated(problem, fdfo, eps[1:], cond[1:], churn=1e-3, generator=None)
+    problem.reward = lambda x, c: torch.where(c == cond[0], torch.nan, reward(x, c))
+    g = estimated(problem, fdfo, eps, cond, churn=1e-3)
+    assert g.isfinite().all() and g.norm() > 0 and clean.isfinite().all()
+    problem.reward = lambda x, c: torch.full_like(c, torch.nan)
+    assert estimated(problem, fdfo, eps, cond).norm() == 0
+
+
+def test_surrogate_after_the_first_update_is_its_closed_form():
+    problem, layer, w, _ = constant_flow()
+    (eps, cond), dv, clip = draw(12, len(w)), 0.002 * torch.arange(1.0, 7).double(), 0.03
+
+    def step():  # stands for the optimiser: from now on v = v_ref + dv
+        layer.B.data = dv[:, None].clone()
+        layer.B.grad = None
+
+    fdfo(problem, eps, cond, torch.Generator().manual_seed(0), clip=clip, updates=2, step=step)
+    layer.B.data.zero_()
+    generator, rolls = torch.Generator().manual_seed(0), []
+    for e, c in zip(eps.chunk(2), cond.chunk(2)):
+        rolls += fdflow.roll_out(problem, e, c, generator, churn=0.05, branches=2, train_steps=None)
+    dR = [r["R"] - r["R"].mean(1, keepdim=True) for r in rolls]
+    dR = (dR[1] / torch.cat(dR).abs().mean()).flatten()
+    rho = torch.exp(rolls[1]["d"].square().mean(1) - (dv + rolls[1]["d"]).square().mean(1))
+    slope = dR.abs() / clip * (rho - 1) - dR  # of the loss with respect to rho
+    expected = (slope * rho)[:, None] * -2 / len(w) * (dv + rolls[1]["d"])
+    assert (rho - 1).abs().max() > clip
+    torch.testing.assert_close(layer.B.grad[:, 0], expected.mean(0))
+
+
+@pytest.mark.parametrize("churn", [0.0025, 0.1, 1.0])
+def test_churn_keeps_the_marginals(churn):
+    n, generator = 100_000, torch.Generator().manual_seed(0)
+    slack = 5 / math.sqrt(n)  # five standard errors of a mean; those of a standard deviation are smaller
+    eps = torch.randn(n, 1, generator=generator, dtype=torch.float64)
+    # a step along the exact flow of data N(m, sigma^2): mean (1 - t) m, variance (1 - t)^2 sigma^2 + t^2
+    m, sigma = 2.0, 0.5
+
+    def std(t):
+        return math.sqrt((1 - t) ** 2 * sigma**2 + t**2)
+
+    for t, s in ((1.0, 0.8), (0.8, 0.5), (0.5, 0.1)):
+        x_t = (1 - t) * m + std(t) * eps
+        level = s / (1 - s) / (1 + churn)  # noise over signal before the fresh noise
+        r = level / (1 + level)
+        x_r = (1 - r) * m + std(r) * eps
+        x_s = churned_step(x_t, (x_r - x_t) / (r - t), t, s, churn, generator)
+        assert x_s.mean().item() == pytest.approx((1 - s) * m, abs=slack * std(s))
+        assert x_s.std().item() == pytest.approx(std(s), rel=slack)
+        assert not torch.allclose(x_s, (1 - s) * m + std(s) * eps, atol=0.01 * std(s))
+    # the whole sampler, on data that is one point, where Euler is exact
+    trajectory = []
+    times = torch.linspace(1, 0, 6).tolist()
+    x_0 = sample(lambda x, t, cond: (x - m) / t, eps, None, times, churn, generator, trajectory)
+    for t, x, _ in trajectory:
+        assert x.mean().item() == pytest.approx((1 - t) * m, abs=slack * t)
+        assert x.std().item() == pytest.approx(t, rel=slack)
+    torch.testing.assert_close(x_0, torch.full_like(x_0, m))
+
+
+def test_no_churn_is_euler():
+    x, v = torch.randn(4, 3), torch.randn(4, 3)
+    assert torch.equal(churned_step(x, v, 0.7, 0.4), x + (0.4 - 0.7) * v)
+    assert torch.equal(churned_step(x, v, 0.7, 0.0, churn=0.5), x - 0.7 * v)
+
+
+def test_step_weights_are_shares_of_the_time():
+    times = [0.9, 0.6, 0.5, 0.0]
+    shares = torch.tensor([3, 1, 5]) / 9
+    torch.testing.assert_close(torch.tensor(fdflow.step_weights(times)), shares)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.tensor([fdflow.step_weights(times, 2, generator) for _ in range(2000)])
+    assert torch.allclose(drawn.sum(1), torch.ones(2000))
+    # chances of 0 to 1 in 2,000 draws: a standard error of at most 0.011; four of them
+    torch.testing.assert_close(drawn.mean(0), shares, rtol=0, atol=0.045)
+
+
+# ---- the tiny model and diffusers
+
+
+def tiny_flow(model="tiny", **options):
+    """The flow that the command line would make with these options."""
+    unset = dict.fromkeys(["steps", "size", "guidance", "device", "dtype"])
+    args = argparse.Namespace(model=model, **unset | options)
+    return SD3Flow(fill_defaults(args), args)
+
+
+def pipeline_images(pipe, prompts, seeds, steps, guidance):
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipe(
+        prompts, num_inference_steps=steps, guidance_scale=guidance, height=64, width=64,
+        max_sequence_length=1, generator=generators, output_type="pt",
+    ).images  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(
+        TINY / "tiny-sd3", text_encoder_3=None, tokenizer_3=None
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_sampler_is_the_pipeline(pipe, guidance):
+    prompts, seeds = ["red apple", "robot", "sun"], [5, 6, 7]
+    flow = tiny_flow(steps=5, guidance=guidance)
+    flow.encode(["unused", *prompts])
+    images = flow.images(torch.tensor([1, 2, 3]), seeds, batch=2)
+    expected = pipeline_images(pipe, prompts, seeds, 5, guidance)
+    # the same float32 operations in other batches: a hundredth of a pixel level of 1 / 255
+    assert (images - expected).abs().max() < 4e-5
+
+
+def test_schedule_has_the_shift_of_the_pipeline(pipe, tmp_path):
+    pipe.scheduler.set_shift(3.0)
+    pipe.save_pretrained(tmp_path)
+    pipe.scheduler.set_shift(1.0)
+    flow = tiny_flow(model=str(tmp_path), steps=4, size=64)
+    # t' = 3 t / (1 + 2 t), SD3's shift, of diffusers' own range that ends at 1 / 1000 before the shift
+    assert flow.times[0] == 1 and flow.times[-1] == 0 and len(flow.times) == 5
+    low, high = (3 * t / (1 + 2 * t) for t in (0.001, 1.0))
+    even = [high, high - (high - low) / 3, low + (high - low) / 3, low]
+    assert flow.times[:-1] == pytest.approx([3 * t / (1 + 2 * t) for t in even], abs=1e-3)
+
+
+def random_lora(flow, seed=0):
+    """A LoRA on all attention layers that changes the images."""
+    generator = torch.Generator().manual_seed(seed)
+    lora = LoRA(flow.transformer, attention_layers(flow.transformer), rank=4, alpha=8, generator=generator)
+    for layer in lora.layers.values():
+        layer.B.data = 0.05 * torch.randn(layer.B.shape, generator=generator)
+    return lora
+
+
+def test_lora_loads_in_diffusers(pipe, tmp_path):
+    flow = tiny_flow()
+    flow.encode(["red apple", "robot"])
+    cond, seeds = torch.tensor([0, 1]), [0, 1]
+    base = flow.images(cond, seeds)
+    lora = random_lora(flow)
+    changed = flow.images(cond, seeds)
+    assert (changed - base).abs().mean() > 0.01
+    with lora.switched_off():
+        assert torch.equal(flow.images(cond, seeds), base)
+    save_lora(lora, tmp_path / "lora.safetensors")
+    pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    theirs = pipeline_images(pipe, ["red apple", "robot"], seeds, 4, 1.0)
+    pipe.unload_lora_weights()
+    # float32, but W x + B A x is summed in another order
+    assert (theirs - changed).abs().max() < 1e-4
+    again = tiny_flow()
+    again.encode(["red apple", "robot"])
+    load_lora(again.transformer, tmp_path)
+    assert (again.images(cond, seeds) - changed).abs().max() < 1e-4
+
+
+def test_lora_of_peft_loads_here(pipe, tmp_path):
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["to_q", "to_out.0"], init_lora_weights=False)
+    pipe.transformer.add_adapter(config)
+    expected = pipeline_images(pipe, ["robot"], [3], 4, 1.0)
+    layers = peft.get_peft_model_state_dict(pipe.transformer)
+    metadata = diffusers.training_utils._collate_lora_metadata({"transformer": pipe.transformer})
+    pipe.save_lora_weights(tmp_path, layers, **metadata)
+    pipe.transformer.delete_adapters("default")
+    flow = tiny_flow()
+    flow.encode(["robot"])
+    load_lora(flow.transformer, tmp_path)
+    images = flow.images(torch.tensor([0]), [3])
+    assert (images - expected).abs().max() < 1e-4
+
+
+def test_lora_computes_in_the_dtype_of_the_model_and_learns_in_float32():
+    base = nn.Linear(4, 3).bfloat16()
+    lora = LoRA(nn.Sequential(base), ["0"], rank=2)
+    (layer,) = lora.layers.values()
+    layer.B.data.fill_(0.1)
+    x = torch.randn(5, 4).bfloat16()
+    y = layer(x)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16 and layer.A.grad.dtype == torch.float32 and base.weight.grad is None
+    expected = base(x).float() + x.float() @ layer.A.T @ layer.B.T
+    torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.02)  # bfloat16 has 8 bits

@@ -1,0 +1,138 @@
+"""A two-dimensional toy: post-train a small flow and see which way each estimator points. Draws toy.png.
+
+python fdflow.py
+"""
+
+import torch
+from torch import nn
+
+from fdflow import LoRA, Problem, central_difference, fdfo, sample, spsa
+
+TIMES = torch.linspace(1, 0, 9).tolist()
+LAYERS = ["net.0", "net.2", "net.4", "net.6"]
+TARGET = (1.5, 0.8)
+
+
+def data(n):
+    """n points [n, 2] on two interleaved half circles."""
+    angle, side = torch.pi * torch.rand(n), 2.0 * torch.randint(2, (n,)) - 1
+    moons = torch.stack([side * angle.cos() - side / 2, side * angle.sin() - side / 4], 1)
+    return 1.2 * moons + 0.08 * torch.randn(n, 2)
+
+
+def reward(x, cond=None):
+    """Minus the distance to TARGET."""
+    return -(x - x.new_tensor(TARGET)).square().sum(1).sqrt()
+
+
+class Velocity(nn.Module):
+    """A small network v(x, t)."""
+
+    def __init__(self, width=64):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(4, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2),
+        )  # fmt: skip
+
+    def forward(self, x, t, cond=None):
+        t = torch.as_tensor(t, dtype=x.dtype).expand(len(x))
+        return self.net(torch.cat([x, t[:, None], (t[:, None] * 3).cos()], 1))
+
+
+def train_base(steps=3000, seed=0):
+    """A Velocity trained on `data` by flow matching: x_t = (1 - t) x_0 + t eps, target eps - x_0."""
+    torch.manual_seed(seed)
+    velocity = Velocity()
+    optimizer = torch.optim.Adam(velocity.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        x_0, eps, t = data(512), torch.randn(512, 2), torch.rand(512)
+        x_t = (1 - t[:, None]) * x_0 + t[:, None] * eps
+        loss = (velocity(x_t, t) - (eps - x_0)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return velocity
+
+
+def gradient(lora):
+    """The gradient of the reward that is in .grad, as a vector; clears it."""
+    g = -torch.cat([p.grad.flatten() for p in lora.parameters])
+    for p in lora.parameters:
+        p.grad = None
+    return g
+
+
+def autograd(problem, eps, cond):
+    """The gradient through the whole sampler, which the estimators do without."""
+    x = sample(problem.velocity, eps, cond, problem.times)
+    (-problem.reward(x, cond).mean()).backward()
+
+
+def cosines(problem, repeats=4):
+    """Cosine of each estimate with the autograd gradient, by images used: {name: [(images, cosine)]}."""
+    autograd(problem, torch.randn(problem.batch, 2), torch.zeros(problem.batch))
+    exact = gradient(problem.lora)
+    estimators = {
+        "FDFO": lambda eps, cond: fdfo(problem, eps, cond, churn=0.1),
+        "SPSA": lambda eps, cond: spsa(problem, eps, cond, directions=len(eps) // 8),
+        "central difference": lambda eps, cond: central_difference(
+            problem, eps[:4], cond[:4], coordinates=len(eps) // 4
+        ),
+    }
+    curves = {}
+    for name, estimate in estimators.items():
+        curves[name] = []
+        for n in 2 ** torch.arange(4, 12):
+            found = []
+            for _ in range(repeats):
+                images = estimate(torch.randn(n, 2), torch.zeros(n))["images"]
+                found.append(torch.cosine_similarity(gradient(problem.lora), exact, dim=0))
+            curves[name].append((images, torch.stack(found).mean()))
+    return curves
+
+
+def main():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    torch.set_num_threads(1)  # networks this small only lose by more
+    velocity = train_base()
+    lora = LoRA(velocity, LAYERS, rank=4)
+    problem = Problem(velocity, reward, lora, TIMES, batch=4096)
+    optimizer = torch.optim.Adam(lora.parameters, 2e-3)
+    eps, cond = torch.randn(1500, 2), torch.zeros(1500)
+    with torch.no_grad():
+        before = sample(velocity, eps, cond, TIMES)
+    for iteration in range(30):
+        if iteration == 10:  # on the way, where the gradient is neither zero nor that of the start
+            curves = cosines(problem)
+        fdfo(problem, torch.randn(256, 2), torch.zeros(256), churn=0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        after = sample(velocity, eps, cond, TIMES)
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for axis, x, name in ((axes[0], before, "before"), (axes[1], after, "after 30 iterations of FDFO")):
+        axis.scatter(*x.T, c=reward(x), s=4, vmin=-3.5, vmax=0)
+        axis.plot(*TARGET, "r*", markersize=14)
+        axis.set(
+            title=f"{name}: reward {reward(x).mean():.2f}", xlim=(-2.5, 2.5), ylim=(-1.7, 1.7), aspect="equal"
+        )
+    for name, curve in curves.items():
+        axes[2].plot(*zip(*curve), "o-", label=name)
+    axes[2].set(xscale="log", xlabel="images", title="cosine with the autograd gradient", ylim=(-0.05, 1.02))
+    axes[2].legend()
+    figure.savefig("toy.png", dpi=90)
+    print(f"reward {reward(before).mean():.2f} -> {reward(after).mean():.2f}; drew toy.png")
+    for name, curve in curves.items():
+        print(f"{name}: " + ", ".join(f"{cosine:.2f} from {images} images" for images, cosine in curve[::2]))
+
+
+if __name__ == "__main__":
+    main()
