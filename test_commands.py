@@ -11,9 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 
 HERE = Path(__file__).resolve().parent
 SHORT = ["--reward", "colorfulness", "--pairs", "8", "--steps", "2", "--lr", "2e-3", "--eval-every", "4"]
@@ -51,10 +53,8 @@ def whole(tmp_path_factory):
 
 def test_training_raises_the_reward_and_leaves_a_complete_folder(whole):
     folder, out = whole
-    names = "config.json evolution.webp lora.safetensors metrics.jsonl report.png samples state.previous.pt state.pt"
-    assert [path.name for path in sorted(folder.iterdir())] == [
-        n for n in names.split() if "previous" not in n
-    ]
+    names = "config.json evolution.webp lora.safetensors metrics.jsonl report.png samples state.pt"
+    assert [path.name for path in sorted(folder.iterdir())] == names.split()
     assert [path.name for path in sorted((folder / "samples").iterdir())] == [
         "000000.png",
         "000004.png",
@@ -197,3 +197,35 @@ def test_bad_sample_arguments_end_in_one_line(flags, complaint, tmp_path):
     code, out, err = command("sample.py", *flags.split(), "--n", "1", cwd=tmp_path)
     assert code == 2 and complaint in err.splitlines()[-1] and "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+def test_tiny_models_can_be_rebuilt(tmp_path):
+    # pictures of circles and squares in three colours, a few steps of every stage
+    images, names = (
+        [],
+        [f"{colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square")],
+    )
+    for name in names:
+        colour, shape = name.split()
+        for border in (8, 14):
+            picture = Image.new("RGB", (64, 64), "white")
+            pen = ImageDraw.Draw(picture)
+            (pen.ellipse if shape == "circle" else pen.rectangle)(
+                (border, border, 64 - border, 64 - border), colour
+            )
+            images.append(np.asarray(picture))
+    index = {"concept": np.arange(12) // 2, "style": np.arange(12) % 2}
+    np.savez(tmp_path / "data.npz", images=images, concepts=names, styles=["large", "small"], **index)
+    for stage in ("tokenizer", "vae", "flow", "clip", "aesthetic"):
+        options = ["--out", tmp_path, "--steps", 3, "--batch", 4, "--device", "cpu"]
+        code, out, err = command("tiny/build.py", stage, *options, cwd=tmp_path)
+        assert code == 0, err
+    for name in ("tiny-clip/model.safetensors", "tiny-aesthetic/model.safetensors"):
+        built, shipped = (load_file(folder / name) for folder in (tmp_path, HERE / "tiny"))
+        assert {k: w.shape for k, w in built.items()}.keys() == {
+            k: w.shape for k, w in shipped.items()
+        }.keys()
+    args = ["--model", tmp_path / "tiny-sd3", "--size", 64, "--steps", 2, "--prompt", "red circle", "--n", 1]
+    code, out, err = command("sample.py", *args, cwd=tmp_path)
+    assert code == 0, err
+    assert Image.open(tmp_path / "sample.png").size == (136, 152)
