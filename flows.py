@@ -104,7 +104,7 @@ class SD3Flow:
         self.pipe = load_pipeline(model.path, self.dtype).to(self.device)
         self.pad_tokens = model.pad_tokens
         self.transformer = self.pipe.transformer.eval().requires_grad_(False)
-        self.vae = self.pipe.vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.vae = self.pipe.vae.eval().requires_grad_(False)
         pixels = self.pipe.vae_scale_factor * self.pipe.patch_size
         most = pixels * self.transformer.config.pos_embed_max_size
         if args.size % pixels or args.size > most:

@@ -1,12 +1,15 @@
-"""The folder of a run: configuration, metrics and checkpoints. Files appear whole or not at all."""
+"""The folder of a run: configuration, metrics, checkpoints, whole or not at all; interruption and memory."""
 
 import itertools
 import json
 import pickle
 import re
+import signal
 from pathlib import Path
 
+import psutil
 import torch
+from tqdm import tqdm
 
 from errors import UserError, first_line
 from flows import save_lora
@@ -96,3 +99,25 @@ def load_state(folder, lora, optimizer):
         optimizer.load_state_dict(state["optimizer"])
         return state["iteration"]
     return 0
+
+
+def peak_memory(device):
+    """The most memory that has been in use, in MB: on the GPU since the last call, else by this process."""
+    if not device.startswith("cuda"):
+        return round(psutil.Process().memory_info().rss / 1e6)
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return round(peak / 1e6)
+
+
+def catch_interrupt():
+    """A list that gets an element at the first Ctrl-C, for the loop to stop at; the second stops at once."""
+    interrupted = []
+
+    def note(signum, frame):
+        interrupted.append(signum)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        tqdm.write("finishing this iteration, then saving (Ctrl-C again to stop at once)")
+
+    signal.signal(signal.SIGINT, note)
+    return interrupted

@@ -7,13 +7,11 @@ python train.py --name aesthetic --resume                        # go on after a
 
 import argparse
 import math
-import signal
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 from tqdm import tqdm
 
@@ -24,8 +22,10 @@ from pictures import animate, grid, report, save_picture
 from rewards import Reward, load_clip
 from runs import (
     append_metrics,
+    catch_interrupt,
     load_state,
     new_folder,
+    peak_memory,
     read_config,
     read_metrics,
     save_state,
@@ -36,9 +36,9 @@ from sample import Parser, add_model_arguments, fill_defaults, number, read_prom
 
 # what suits each estimator; differences between parameters want few of them
 ESTIMATORS = {
-    "fdfo": {"iterations": 50, "pairs": 32, "rank": 8, "lr": None},
-    "spsa": {"iterations": 40, "pairs": 128, "rank": 1, "lr": 0.01},
-    "central": {"iterations": 40, "pairs": 2, "rank": 1, "lr": 0.02},
+    "fdfo": {"iterations": 80, "pairs": 32, "rank": 8, "lr": None, "h": 0.0},
+    "spsa": {"iterations": 30, "pairs": 128, "rank": 1, "lr": 0.005, "h": 0.02},
+    "central": {"iterations": 30, "pairs": 2, "rank": 1, "lr": 0.02, "h": 0.1},
 }
 
 
@@ -49,7 +49,7 @@ def parse_args():
     add("--watch", default="aesthetic,clip", help="rewards to measure, not train (default aesthetic,clip)")
     add("--prompts", metavar="FILE", help="a prompt a line, every tenth held out (default: emoji names)")
     add("--estimator", default="fdfo", help=f"{', '.join(ESTIMATORS)} (default fdfo)")
-    add("--iterations", type=number(int, 1), help="roll-outs (default: fdfo 50, spsa and central 40)")
+    add("--iterations", type=number(int, 1), help="roll-outs (default: fdfo 80, spsa and central 30)")
     add("--seed", type=number(int, 0), default=0, help="of everything random (default 0)")
     add_model_arguments(parser)
     add("--pairs", type=number(int, 1), help="noises an iteration (default: fdfo 32, spsa 128, central 2)")
@@ -64,12 +64,12 @@ def parse_args():
     )
     add("--updates", type=number(int, 1), default=1, help="fdfo: optimiser steps per roll-out (default 1)")
     add("--kl", type=number(float, 0), default=0.0, help="fdfo: pull to the base model (default 0)")
-    add("--h", type=number(float, 1e-6), default=0.02, help="spsa, central: parameter step (default 0.02)")
+    add("--h", type=number(float, 1e-6), help="parameter step (default: spsa 0.02, central 0.1)")
     add("--directions", type=number(int, 1), default=16, help="spsa: directions an iteration (default 16)")
     add(
         "--coordinates", type=number(int, 1), default=32, help="central: parameters an iteration (default 32)"
     )
-    add("--lr", type=number(float, 0, 1), help="of AdamW (default: the model's; spsa 0.01, central 0.02)")
+    add("--lr", type=number(float, 0, 1), help="of AdamW (default: the model's; spsa 0.005, central 0.02)")
     add("--rank", type=number(int, 1), help="of the LoRA (default: fdfo 8, spsa and central 1)")
     add("--alpha", type=number(float, 1e-6), help="the LoRA is scaled by alpha / rank (default: the rank)")
     add("--name", help="of the run (default: made from the reward)")
@@ -191,28 +191,6 @@ def make_estimator(args, step):
     return partial(fdfo, step=step, **settings)
 
 
-def peak_memory(device):
-    """The most memory that has been in use, in MB: on the GPU since the last call, else by this process."""
-    if not device.startswith("cuda"):
-        return round(psutil.Process().memory_info().rss / 1e6)
-    peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return round(peak / 1e6)
-
-
-def catch_interrupt():
-    """A list that gets an element at the first Ctrl-C, for the loop to stop at; the second stops at once."""
-    interrupted = []
-
-    def note(signum, frame):
-        interrupted.append(signum)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        tqdm.write("finishing this iteration, then saving (Ctrl-C again to stop at once)")
-
-    signal.signal(signal.SIGINT, note)
-    return interrupted
-
-
 def show(bar, records):
     """Reward and held-out reward in the progress bar; a warning where rewards were not numbers."""
     held_out = [record["held_out"] for record in records if "held_out" in record][-1]
@@ -256,7 +234,7 @@ def main():
     records = read_metrics(folder, done) or [{"iteration": 0, "images": 0, **base}]
     write_config(folder, args)
     write_metrics(folder, records)
-    save_picture(grid(images[:48], held_out.prompts, 8), folder / "samples" / "000000.png")
+    save_picture(grid(images[::2][:48], held_out.prompts[::2], 8), folder / "samples" / "000000.png")
 
     def step():
         """An optimiser step, unless the gradient is not finite; returns the norm of the gradient."""
@@ -293,7 +271,7 @@ def main():
         if iteration % args.eval_every == 0 or last:
             images, measured = held_out()
             record |= measured
-            picture = grid(images[:48], held_out.prompts, 8)
+            picture = grid(images[::2][:48], held_out.prompts[::2], 8)
             save_picture(picture, folder / "samples" / f"{iteration:06}.png")
         records.append(record)
         append_metrics(folder, record)
