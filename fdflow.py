@@ -191,8 +191,8 @@ def central_difference(problem, eps, cond, generator=None, h=0.02, coordinates=N
     g = problem.lora.zeros()
     block = torch.randperm(len(g), generator=generator, device=g.device)[:coordinates]
     for i in block.split(max(1, problem.batch // (2 * len(eps)))):
-        e_i = F.one_hot(i, len(g)).to(g)
-        slope = slopes(problem, e_i, h, eps.expand(len(i), *eps.shape), cond.expand(len(i), *cond.shape))
+        same = eps.expand(len(i), *eps.shape), cond.expand(len(i), *cond.shape)
+        slope = slopes(problem, F.one_hot(i, len(g)).to(g), h, *same)
         g[i] = slope.nanmean(dim=1).nan_to_num()
     problem.lora.add_grad(-g)
     return {"images": 2 * len(block) * len(eps)}
@@ -234,8 +234,8 @@ def fdfo(
     they should move; every step of every branch is then pulled that way, without the sampler's Jacobian.
     Rewards count in units of their mean absolute difference, so that their scale does not matter.
 
-    train_steps: random steps trained per trajectory (default: all). clip: width of the trust region.
-    kl: weight of a pull to the base model's velocity. updates: gradients per roll-out, `step` called between.
+    train_steps: random steps trained per trajectory (default: all). clip: width of the trust region. kl: pull
+    to the base model's velocity. updates: gradients per roll-out, with `step` called in between.
     """
     if branches < 2 or churn <= 0:
         raise ValueError("fdfo compares branches: it needs at least 2 of them, and churn > 0")
@@ -289,7 +289,7 @@ def step_weights(times, count=None, generator=None, device="cpu"):
     """The share of the whole time that each step covers, for so much does its velocity move the image.
 
     With a count, that many points evenly spaced in time, from a random start, draw the steps that count; the
-    others get 0. Either way the expected weights are the shares, and they add up to 1.
+    others get 0. Either way the weights add up to 1, and on average are the shares.
     """
     share = -torch.tensor(times).diff() / times[0]
     if count is None:

@@ -212,13 +212,28 @@ def test_fdfo_gradient_is_the_plain_linear_pull():
     torch.testing.assert_close(g, toy.gradient(problem.lora), rtol=1e-9, atol=1e-12)
 
 
+def test_kl_pulls_to_the_base_model():
+    problem, (eps, cond) = small_problem(), draw(8)
+    problem.reward = lambda x, cond: torch.ones_like(cond)  # nothing to learn but the pull
+    g = estimated(problem, fdfo, eps, cond, torch.Generator().manual_seed(0), kl=0.7)
+    (record,) = fdflow.roll_out(problem, eps, cond, torch.Generator().manual_seed(0), 0.05, 2, None)
+    for weight, t, x, v in record["steps"]:
+        with problem.lora.switched_off():
+            v_base = problem.velocity(x, t, None).detach()
+        assert (v - v_base).abs().max() > 0.1
+        (0.7 * weight * F.mse_loss(problem.velocity(x, t, None), v_base)).backward()
+    torch.testing.assert_close(g, toy.gradient(problem.lora))
+
+
 def test_fdfo_drops_a_group_with_a_nan():
     problem, (eps, cond) = small_problem(), draw(8)
-    reward = problem.reward
-    clean = estimated(problem, fdfo, eps[1:], cond[1:], churn=1e-3, generator=None)
-    problem.reward = lambda x, c: torch.where(c == cond[0], torch.nan, reward(x, c))
-    g = estimated(problem, fdfo, eps, cond, churn=1e-3)
-    assert g.isfinite().all() and g.norm() > 0 and clean.isfinite().all()
+    cond[3] = 7.0  # far away, so that this group would matter
+    reward, results = problem.reward, []
+    for lost in (torch.nan, 0.0):  # a group whose rewards are all the same says nothing either
+        problem.reward = lambda x, c: torch.where(c == 7.0, lost, reward(x, c))  # noqa: B023
+        results.append(estimated(problem, fdfo, eps, cond, torch.Generator().manual_seed(0)))
+    # the same direction; in another unit, since the mean difference is that of 7 groups instead of 8
+    torch.testing.assert_close(results[0], results[1] * 7 / 8)
     problem.reward = lambda x, c: torch.full_like(c, torch.nan)
     assert estimated(problem, fdfo, eps, cond).norm() == 0
 
