@@ -20,8 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ---- the sampler
-
 
 def churned_step(x, v, t, s, churn=0.0, generator=None):
     """One step of the flow ODE from time t to s <= t that arrives at the right noise level, with fresh noise.
@@ -39,12 +37,11 @@ def churned_step(x, v, t, s, churn=0.0, generator=None):
 
 
 def sample(velocity, eps, cond, times, churn=0.0, generator=None, trajectory=None):
-    """Integrate the flow ODE from noise to image latents.
+    """Integrate the flow ODE from noise to image latents x_0 [B, ...].
 
     velocity: (x [B, ...], t float, cond [B, ...]) -> v [B, ...]. eps: standard normal noise [B, ...].
     times: decreasing floats, from 1 at most down to 0, one more than there are steps. churn: strength >= 0 at
     every step and on the starting noise. trajectory: a list that receives (t, x_t, v) of every step.
-    Returns x_0 [B, ...].
     """
     x = times[0] * churned_step(eps, 0.0, 1.0, 1.0, churn, generator)
     for t, s in pairwise(times):
@@ -224,10 +221,8 @@ def random_signs(like, seed):
     return 2 * torch.randint(2, like.shape, generator=generator, device=like.device).to(like) - 1
 
 
-def fdfo(
-    problem, eps, cond, generator=None, churn=0.05, branches=2, train_steps=None, clip=0.03, kl=0.0,
-    updates=1, step=None,
-):  # fmt: skip
+def fdfo(problem, eps, cond, generator=None, churn=0.05, branches=2, train_steps=None, clip=0.03,
+         kl=0.0, updates=1, step=None):  # fmt: skip
     """Finite Difference Flow Optimization: differences between sampled images instead of between parameters.
 
     Every noise is churned into K branches. How the rewards of a group's final images differ says which way

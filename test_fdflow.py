@@ -346,15 +346,15 @@ def test_sampler_is_the_pipeline(pipe, guidance):
 
 
 def test_schedule_has_the_shift_of_the_pipeline(pipe, tmp_path):
-    pipe.scheduler.set_shift(3.0)
-    pipe.save_pretrained(tmp_path)
-    pipe.scheduler.set_shift(1.0)
+    shifted = diffusers.StableDiffusion3Pipeline(**pipe.components)
+    shifted.register_modules(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    shifted.save_pretrained(tmp_path)
     flow = tiny_flow(model=str(tmp_path), steps=4, size=64)
-    # t' = 3 t / (1 + 2 t), SD3's shift, of diffusers' own range that ends at 1 / 1000 before the shift
     assert flow.times[0] == 1 and flow.times[-1] == 0 and len(flow.times) == 5
-    low, high = (3 * t / (1 + 2 * t) for t in (0.001, 1.0))
-    even = [high, high - (high - low) / 3, low + (high - low) / 3, low]
-    assert flow.times[:-1] == pytest.approx([3 * t / (1 + 2 * t) for t in even], abs=1e-3)
+    # SD3's shift, 3 t / (1 + 2 t), counts twice: the steps are even down to 1 / 1000 shifted, then shifted
+    low = 3 * 0.001 / (1 + 2 * 0.001)
+    even = [1, (2 + low) / 3, (1 + 2 * low) / 3, low]
+    assert flow.times[:-1] == pytest.approx([3 * t / (1 + 2 * t) for t in even], abs=1e-6)
 
 
 def random_lora(flow, seed=0):
