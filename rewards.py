@@ -121,9 +121,9 @@ class Aesthetic:
         return self.head(self.clip.embed_images(images))[:, 0]
 
 
-def tiny_head():
+def tiny_head(folder):
     head = nn.Sequential(nn.Linear(128, 64), nn.GELU(), nn.Linear(64, 1))
-    head.load_state_dict(load_file(TINY / "tiny-aesthetic" / "model.safetensors"))
+    head.load_state_dict(load_file(folder / "tiny-aesthetic" / "model.safetensors"))
     return head
 
 
@@ -146,12 +146,13 @@ def pretrained(kind, path):
 
 @functools.cache
 def load_clip(tiny, device):
-    return Clip(TINY / "tiny-clip" if tiny else "openai/clip-vit-large-patch14", device)
+    """The CLIP of a folder of tiny models, or where `tiny` is None the published ViT-L/14."""
+    return Clip(tiny / "tiny-clip" if tiny else "openai/clip-vit-large-patch14", device)
 
 
 def load_aesthetic(tiny, device):
     if tiny:
-        return Aesthetic(load_clip(tiny, device), tiny_head())
+        return Aesthetic(load_clip(tiny, device), tiny_head(tiny))
     try:
         path = hf_hub_download("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
     except OSError as error:
@@ -187,10 +188,11 @@ def load_function(term):
 class Reward:
     """An expression over rewards: names, numbers, + - * and parentheses, as "clip - 0.1*jpeg_size".
 
-    `terms` maps each name to its callable; only what is named loads. UserError if it does not parse.
+    `terms` maps each name to its callable; only what is named loads. tiny: a folder with tiny-clip and
+    tiny-aesthetic to use instead of the published models, or None. UserError if it does not parse.
     """
 
-    def __init__(self, expression, tiny=True, device="cpu"):
+    def __init__(self, expression, tiny=TINY, device="cpu"):
         self.expression, paths = expression, {}
 
         def as_name(match):  # "file.py:function" is not Python; a name of the same length keeps the columns

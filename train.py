@@ -128,14 +128,14 @@ class Scorer:
 class HeldOut:
     """Measures the model on prompts it is not trained on, two images each, always from the same noise."""
 
-    def __init__(self, flow, count, reward, watched, args):
-        self.flow, self.reward, self.watched, self.batch = flow, reward, watched, args.batch
+    def __init__(self, flow, count, reward, watched, embed, args):
+        self.flow, self.reward, self.watched, self.embed = flow, reward, watched, embed
+        self.batch = args.batch
         total = len(flow.prompts)
         chosen = torch.linspace(total - count, total - 1, min(count, 60)).round().long()
         self.cond = chosen.repeat_interleave(2)
         self.prompts = [flow.prompts[i] for i in self.cond]
         self.seeds = [args.seed * 1_000_000 + i for i in range(len(self.cond))]
-        self.embed = load_clip(args.model == "tiny", args.device).embed_images
         self.base = None
 
     @torch.no_grad()
@@ -219,14 +219,16 @@ def main():
     flow = SD3Flow(model, args)
     prompts, held_prompts = split_prompts(args.prompts)
     flow.encode(prompts + held_prompts)
-    tiny = args.model == "tiny"
+    beside = Path(model.path).parent
+    tiny = beside if (beside / "tiny-clip").is_dir() else None
     reward = Reward(args.reward, tiny, args.device)
     watched = [Reward(term, tiny, args.device) for term in args.watch.split(",") if term.strip()]
     layers = attention_layers(flow.transformer, few=args.estimator != "fdfo")
     lora = LoRA(flow.transformer, layers, args.rank, args.alpha, torch.Generator().manual_seed(args.seed))
     optimizer = torch.optim.AdamW(lora.parameters, args.lr, weight_decay=1e-4)
     problem = Problem(flow.velocity, Scorer(flow, reward), lora, flow.times, args.batch)
-    held_out = HeldOut(flow, len(held_prompts), reward, watched, args)
+    embed = load_clip(tiny, args.device).embed_images
+    held_out = HeldOut(flow, len(held_prompts), reward, watched, embed, args)
     images, base = held_out()  # before anything is written: a reward that fails shows itself here
 
     folder = Path(args.out, args.name) if args.resume else new_folder(args)
