@@ -29,10 +29,14 @@ class Model:
     guidance: float  # 1 is none
     lr: float
     pad_tokens: int = 256  # zero tokens in place of an absent T5 encoder
+    train_steps: int | None = None  # steps trained of each trajectory; None is all
+    kl: float = 0.0  # pull to the base model
 
 
 MODELS = {
-    "tiny": Model(str(TINY / "tiny-sd3"), steps=4, size=64, guidance=1, lr=5e-4, pad_tokens=1),
+    "tiny": Model(
+        str(TINY / "tiny-sd3"), steps=4, size=64, guidance=1, lr=5e-4, pad_tokens=1, train_steps=2, kl=2.0
+    ),
     "sd3": Model("stabilityai/stable-diffusion-3-medium-diffusers", steps=28, size=512, guidance=1, lr=3e-5),
     "sd3.5": Model("stabilityai/stable-diffusion-3.5-medium", steps=40, size=512, guidance=1, lr=3e-5),
 }

@@ -34,9 +34,9 @@ from runs import (
 )
 from sample import Parser, add_model_arguments, fill_defaults, number, read_prompts
 
-# what suits each estimator; differences between parameters want few of them
+# what suits each estimator where the command line is silent; the model says the rest
 ESTIMATORS = {
-    "fdfo": {"iterations": 80, "pairs": 32, "rank": 8, "lr": None, "h": 0.0},
+    "fdfo": {"iterations": 70, "pairs": 32, "rank": 8},
     "spsa": {"iterations": 30, "pairs": 128, "rank": 1, "lr": 0.005, "h": 0.02},
     "central": {"iterations": 30, "pairs": 2, "rank": 1, "lr": 0.02, "h": 0.1},
 }
@@ -49,13 +49,17 @@ def parse_args():
     add("--watch", default="aesthetic,clip", help="rewards to measure, not train (default aesthetic,clip)")
     add("--prompts", metavar="FILE", help="a prompt a line, every tenth held out (default: emoji names)")
     add("--estimator", default="fdfo", help=f"{', '.join(ESTIMATORS)} (default fdfo)")
-    add("--iterations", type=number(int, 1), help="roll-outs (default: fdfo 80, spsa and central 30)")
+    add("--iterations", type=number(int, 1), help="roll-outs (default: fdfo 70, spsa and central 30)")
     add("--seed", type=number(int, 0), default=0, help="of everything random (default 0)")
     add_model_arguments(parser)
     add("--pairs", type=number(int, 1), help="noises an iteration (default: fdfo 32, spsa 128, central 2)")
     add("--branches", type=number(int, 2), default=2, help="fdfo: images from each noise (default 2)")
     add("--churn", type=number(float, 1e-6, 10), default=0.05, help="fdfo: how far they part (default 0.05)")
-    add("--train-steps", type=number(int, 1), help="fdfo: random steps trained per trajectory (default all)")
+    add(
+        "--train-steps",
+        type=number(int, 1),
+        help="fdfo: random steps trained per trajectory (default: tiny 2, others all)",
+    )
     add(
         "--clip",
         type=number(float, 1e-6),
@@ -63,7 +67,7 @@ def parse_args():
         help="fdfo: width of the trust region (default 0.03)",
     )
     add("--updates", type=number(int, 1), default=1, help="fdfo: optimiser steps per roll-out (default 1)")
-    add("--kl", type=number(float, 0), default=0.0, help="fdfo: pull to the base model (default 0)")
+    add("--kl", type=number(float, 0), help="fdfo: pull to the base model (default: tiny 2, others 0)")
     add("--h", type=number(float, 1e-6), help="parameter step (default: spsa 0.02, central 0.1)")
     add("--directions", type=number(int, 1), default=16, help="spsa: directions an iteration (default 16)")
     add(
@@ -91,9 +95,9 @@ def parse_args():
     if args.estimator not in ESTIMATORS:
         raise UserError(f"there is no estimator {args.estimator!r}; known: {', '.join(ESTIMATORS)}")
     model = fill_defaults(args)
-    for key, value in ESTIMATORS[args.estimator].items():
-        if getattr(args, key) is None:
-            setattr(args, key, model.lr if value is None else value)
+    for key, value in {**vars(model), **ESTIMATORS[args.estimator]}.items():
+        if getattr(args, key, 0) is None:
+            setattr(args, key, value)
     if args.estimator == "spsa" and args.pairs % args.directions:
         raise UserError(f"--pairs {args.pairs} is not a multiple of --directions {args.directions}")
     return args, model
@@ -132,7 +136,7 @@ class HeldOut:
         self.flow, self.reward, self.watched, self.embed = flow, reward, watched, embed
         self.batch = args.batch
         total = len(flow.prompts)
-        chosen = torch.linspace(total - count, total - 1, min(count, 60)).round().long()
+        chosen = torch.linspace(total - count, total - 1, min(count, 128)).round().long()
         self.cond = chosen.repeat_interleave(2)
         self.prompts = [flow.prompts[i] for i in self.cond]
         self.seeds = [args.seed * 1_000_000 + i for i in range(len(self.cond))]
