@@ -122,7 +122,7 @@ def main():
         axis.scatter(*x.T, c=reward(x), s=4, vmin=-3.5, vmax=0)
         axis.plot(*TARGET, "r*", markersize=14)
         axis.set(
-            title=f"{name}: reward {reward(x).mean():.2f}", xlim=(-2.5, 2.5), ylim=(-1.7, 1.7), aspect="equal"
+            title=f"{name}: reward {reward(x).mean():.2f}", xlim=(-2.4, 3.0), ylim=(-1.7, 1.7), aspect="equal"
         )
     for name, curve in curves.items():
         axes[2].plot(*zip(*curve), "o-", label=name)
