@@ -36,7 +36,7 @@ from sample import Parser, add_model_arguments, fill_defaults, number, read_prom
 
 # what suits each estimator where the command line is silent; the model says the rest
 ESTIMATORS = {
-    "fdfo": {"iterations": 70, "pairs": 32, "rank": 8},
+    "fdfo": {"iterations": 110, "pairs": 32, "rank": 8},
     "spsa": {"iterations": 30, "pairs": 128, "rank": 1, "lr": 0.005, "h": 0.02},
     "central": {"iterations": 30, "pairs": 2, "rank": 1, "lr": 0.02, "h": 0.1},
 }
@@ -49,7 +49,7 @@ def parse_args():
     add("--watch", default="aesthetic,clip", help="rewards to measure, not train (default aesthetic,clip)")
     add("--prompts", metavar="FILE", help="a prompt a line, every tenth held out (default: emoji names)")
     add("--estimator", default="fdfo", help=f"{', '.join(ESTIMATORS)} (default fdfo)")
-    add("--iterations", type=number(int, 1), help="roll-outs (default: fdfo 70, spsa and central 30)")
+    add("--iterations", type=number(int, 1), help="roll-outs (default: fdfo 110, spsa and central 30)")
     add("--seed", type=number(int, 0), default=0, help="of everything random (default 0)")
     add_model_arguments(parser)
     add("--pairs", type=number(int, 1), help="noises an iteration (default: fdfo 32, spsa 128, central 2)")
@@ -78,7 +78,7 @@ def parse_args():
     add("--alpha", type=number(float, 1e-6), help="the LoRA is scaled by alpha / rank (default: the rank)")
     add("--name", help="of the run (default: made from the reward)")
     add("--out", default="runs", help="folder of the runs (default runs)")
-    add("--eval-every", type=number(int, 1), default=10, help="iterations between evaluations (default 10)")
+    add("--eval-every", type=number(int, 1), default=20, help="iterations between evaluations (default 20)")
     add("--save-every", type=number(int, 1), default=10, help="iterations between checkpoints (default 10)")
     add("--resume", action="store_true", help="go on with the run --name")
     args = parser.parse_args()
