@@ -36,7 +36,7 @@ from sample import Parser, add_model_arguments, fill_defaults, number, read_prom
 
 # what suits each estimator where the command line is silent; the model says the rest
 ESTIMATORS = {
-    "fdfo": {"iterations": 110, "pairs": 32, "rank": 8},
+    "fdfo": {"iterations": 100, "pairs": 32, "rank": 8},
     "spsa": {"iterations": 30, "pairs": 128, "rank": 1, "lr": 0.005, "h": 0.02},
     "central": {"iterations": 30, "pairs": 2, "rank": 1, "lr": 0.02, "h": 0.1},
 }
@@ -49,7 +49,7 @@ def parse_args():
     add("--watch", default="aesthetic,clip", help="rewards to measure, not train (default aesthetic,clip)")
     add("--prompts", metavar="FILE", help="a prompt a line, every tenth held out (default: emoji names)")
     add("--estimator", default="fdfo", help=f"{', '.join(ESTIMATORS)} (default fdfo)")
-    add("--iterations", type=number(int, 1), help="roll-outs (default: fdfo 110, spsa and central 30)")
+    add("--iterations", type=number(int, 1), help="roll-outs (default: fdfo 100, spsa and central 30)")
     add("--seed", type=number(int, 0), default=0, help="of everything random (default 0)")
     add_model_arguments(parser)
     add("--pairs", type=number(int, 1), help="noises an iteration (default: fdfo 32, spsa 128, central 2)")
@@ -67,7 +67,7 @@ def parse_args():
         help="fdfo: width of the trust region (default 0.03)",
     )
     add("--updates", type=number(int, 1), default=1, help="fdfo: optimiser steps per roll-out (default 1)")
-    add("--kl", type=number(float, 0), help="fdfo: pull to the base model (default: tiny 2, others 0)")
+    add("--kl", type=number(float, 0), help="fdfo: pull to the base model (default: tiny 1, others 0)")
     add("--h", type=number(float, 1e-6), help="parameter step (default: spsa 0.02, central 0.1)")
     add("--directions", type=number(int, 1), default=16, help="spsa: directions an iteration (default 16)")
     add(
