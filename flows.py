@@ -35,7 +35,7 @@ class Model:
 
 MODELS = {
     "tiny": Model(
-        str(TINY / "tiny-sd3"), steps=4, size=64, guidance=1, lr=5e-4, pad_tokens=1, train_steps=2, kl=2.0
+        str(TINY / "tiny-sd3"), steps=4, size=64, guidance=1, lr=5e-4, pad_tokens=1, train_steps=2, kl=1.0
     ),
     "sd3": Model("stabilityai/stable-diffusion-3-medium-diffusers", steps=28, size=512, guidance=1, lr=3e-5),
     "sd3.5": Model("stabilityai/stable-diffusion-3.5-medium", steps=40, size=512, guidance=1, lr=3e-5),
