@@ -37,7 +37,7 @@ from sample import Parser, add_model_arguments, fill_defaults, number, read_prom
 # what suits each estimator where the command line is silent; the model says the rest
 ESTIMATORS = {
     "fdfo": {"iterations": 100, "pairs": 32, "rank": 8},
-    "spsa": {"iterations": 30, "pairs": 128, "rank": 1, "lr": 0.005, "h": 0.02},
+    "spsa": {"iterations": 20, "pairs": 128, "rank": 1, "lr": 0.01, "h": 0.02},
     "central": {"iterations": 30, "pairs": 2, "rank": 1, "lr": 0.02, "h": 0.1},
 }
 
@@ -49,7 +49,7 @@ def parse_args():
     add("--watch", default="aesthetic,clip", help="rewards to measure, not train (default aesthetic,clip)")
     add("--prompts", metavar="FILE", help="a prompt a line, every tenth held out (default: emoji names)")
     add("--estimator", default="fdfo", help=f"{', '.join(ESTIMATORS)} (default fdfo)")
-    add("--iterations", type=number(int, 1), help="roll-outs (default: fdfo 100, spsa and central 30)")
+    add("--iterations", type=number(int, 1), help="roll-outs (default: fdfo 100, spsa 20, central 30)")
     add("--seed", type=number(int, 0), default=0, help="of everything random (default 0)")
     add_model_arguments(parser)
     add("--pairs", type=number(int, 1), help="noises an iteration (default: fdfo 32, spsa 128, central 2)")
@@ -73,7 +73,7 @@ def parse_args():
     add(
         "--coordinates", type=number(int, 1), default=32, help="central: parameters an iteration (default 32)"
     )
-    add("--lr", type=number(float, 0, 1), help="of AdamW (default: the model's; spsa 0.005, central 0.02)")
+    add("--lr", type=number(float, 0, 1), help="of AdamW (default: the model's; spsa 0.01, central 0.02)")
     add("--rank", type=number(int, 1), help="of the LoRA (default: fdfo 8, spsa and central 1)")
     add("--alpha", type=number(float, 1e-6), help="the LoRA is scaled by alpha / rank (default: the rank)")
     add("--name", help="of the run (default: made from the reward)")
