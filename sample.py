@@ -111,7 +111,9 @@ def main():
         load_lora(flow.transformer, args.lora)
         columns.append(flow.images(cond, seeds, args.batch, progress=True))
     captions = [prompts[c] + (" | with LoRA" if args.compare else "") for c in cond]
-    picture = grid(torch.cat(columns, dim=3), captions, columns=min(args.n, 8))
+    picture = grid(
+        torch.cat(columns, dim=3), captions, columns=min(args.n, 8) if args.n > 1 else min(4, len(prompts))
+    )
     try:
         picture.save(args.out)
     except (OSError, ValueError) as error:
