@@ -5,20 +5,21 @@ Text-to-Image Models" (arXiv:2603.12893). Copy this file into your project: it i
 
 Time t runs from 1 (noise) to 0 (image): x_t = (1 - t) x_0 + t eps. The model predicts the velocity
 v(x_t, t, cond) = dx/dt = eps - x_0, so the image estimate at any time is x_0 = x_t - t v. `cond` is any
-tensor with one row per image (here the index of its prompt), handed on to `velocity` and `reward`.
-
-    python fdflow.py        # post-trains a two-dimensional toy flow and draws toy.png
+tensor with one row per image (in train.py the index of its prompt). `python toy.py` shows it all in 2-D.
 """
 
 import math
+from bisect import bisect
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 
 def churned_step(x, v, t, s, churn=0.0, generator=None):
@@ -52,9 +53,6 @@ def sample(velocity, eps, cond, times, churn=0.0, generator=None, trajectory=Non
     return x
 
 
-# ---- LoRA with a population axis
-
-
 class LoRALinear(nn.Module):
     """A frozen linear layer plus (alpha / rank) B A x (Hu et al. 2021); A starts gaussian, B zero.
 
@@ -66,17 +64,12 @@ class LoRALinear(nn.Module):
         super().__init__()
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
         A = torch.randn(rank, base.in_features, generator=generator, dtype=dtype) / rank
-        self.base = base
+        self.base, self.scale, self.population = base, alpha / rank, None
         self.A = nn.Parameter(A.to(base.weight.device))
         self.B = nn.Parameter(self.A.new_zeros(base.out_features, rank))
-        self.scale = alpha / rank
-        self.enabled = True
-        self.population = None
 
     def forward(self, x):
         y = self.base(x)
-        if not self.enabled:
-            return y
         A, B = self.population or (self.A[None], self.B[None])
         members = x.reshape(len(A), -1, x.shape[-1])
         return y + self.scale * (members @ A.to(x.dtype).mT @ B.to(x.dtype).mT).view(y.shape)
@@ -90,39 +83,24 @@ class LoRA:
 
     def __init__(self, model, targets, rank, alpha=None, generator=None):
         model.requires_grad_(False)
-        linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
         self.layers = {}
-        for name, base in linears:
-            if any(f".{name}".endswith(f".{target}") for target in targets):
+        for name, base in list(model.named_modules()):
+            if isinstance(base, nn.Linear) and any(f".{name}".endswith(f".{target}") for target in targets):
                 self.layers[name] = LoRALinear(base, rank, alpha or rank, generator)
                 model.set_submodule(name, self.layers[name])
         if not self.layers:
             raise ValueError(f"the model has no linear layer named {' or '.join(targets)}")
+        self.parameters = [p for layer in self.layers.values() for p in (layer.A, layer.B)]
 
-    @property
-    def parameters(self):
-        return [p for layer in self.layers.values() for p in (layer.A, layer.B)]
-
-    @property
-    def sizes(self):
-        return [p.numel() for p in self.parameters]
-
-    @contextmanager
-    def switched_off(self):
-        """Inside, the model is the base model again."""
-        for layer in self.layers.values():
-            layer.enabled = False
-        try:
-            yield
-        finally:
-            for layer in self.layers.values():
-                layer.enabled = True
+    def unflatten(self, vectors):
+        """Vectors [..., P] of all parameters to one tensor [..., *p.shape] for each parameter p."""
+        parts = vectors.split([p.numel() for p in self.parameters], dim=-1)
+        return [part.unflatten(-1, p.shape) for part, p in zip(parts, self.parameters)]
 
     @contextmanager
     def perturbed(self, offsets):
-        """Inside, the k-th part of every batch sees the parameters plus offsets[k], of [K, sum(sizes)]."""
-        parts = zip(self.parameters, offsets.split(self.sizes, dim=1))
-        members = [p.detach() + offset.view(-1, *p.shape) for p, offset in parts]
+        """Inside, the k-th part of every batch sees the parameters plus offsets[k], of [K, P]."""
+        members = [p.detach() + o for p, o in zip(self.parameters, self.unflatten(offsets))]
         for layer, A, B in zip(self.layers.values(), members[0::2], members[1::2]):
             layer.population = (A, B)
         try:
@@ -131,14 +109,34 @@ class LoRA:
             for layer in self.layers.values():
                 layer.population = None
 
-    def zeros(self):
-        """A zero vector with one element for each parameter: [sum(sizes)]."""
-        return self.parameters[0].new_zeros(sum(self.sizes))
+    def switched_off(self):
+        """Inside, the model is the base model again: all parameters are 0."""
+        return self.perturbed(-parameters_to_vector(self.parameters).detach()[None])
 
     def add_grad(self, vector):
-        """Add a vector [sum(sizes)] to the parameters' .grad."""
-        for p, g in zip(self.parameters, vector.split(self.sizes)):
-            p.grad = g.view_as(p) if p.grad is None else p.grad + g.view_as(p)
+        """Add a vector [P] to the parameters' .grad."""
+        for p, g in zip(self.parameters, self.unflatten(vector)):
+            p.grad = g if p.grad is None else p.grad + g
+
+
+def dealt_out(size, *tensors):
+    """The micro-batches of this process: [(number, rows of each tensor)], at most `size` rows at a time."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    size = max(1, min(size, len(tensors[0]) // world))
+    return list(enumerate(zip(*(tensor.split(size) for tensor in tensors))))[rank::world]
+
+
+def summed(x):
+    """The sum of a tensor over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def random_seeds(n, generator=None):
+    """n numbers below 2^31: seeds that all processes know, whichever of them comes to use one."""
+    device = generator.device if generator else "cpu"
+    return torch.randint(2**31, (n,), generator=generator, device=device).tolist()
 
 
 # ---- the three estimators
@@ -152,8 +150,9 @@ class Problem:
     reward: (x_0 [B, ...], cond [B, ...]) -> R [B], higher is better, NaN where there is none.
     times: as in `sample`. batch: most images in one call of velocity or reward.
 
-    An estimator takes a Problem and G groups (noise eps [G, ...], cond [G, ...]), ADDS minus the gradient of
-    the expected reward to each parameter's .grad, from reward values alone, and returns {"images": number}.
+    An estimator takes a Problem and G groups (noise eps [G, ...], cond [G, ...]), leaves minus the gradient
+    of the expected reward in every .grad, from reward values alone, and returns {"images": number}. Under
+    torchrun all processes call it with the same arguments; each does its share and gets the whole gradient.
     """
 
     velocity: Callable
@@ -185,12 +184,13 @@ def central_difference(problem, eps, cond, generator=None, h=0.02, coordinates=N
 
     Exact up to O(h^2), at 2 G images a coordinate; parameters outside the block get no gradient.
     """
-    g = problem.lora.zeros()
+    g = torch.zeros_like(parameters_to_vector(problem.lora.parameters))
     block = torch.randperm(len(g), generator=generator, device=g.device)[:coordinates]
-    for i in block.split(max(1, problem.batch // (2 * len(eps)))):
+    for _, (i,) in dealt_out(problem.batch // (2 * len(eps)), block):
         same = eps.expand(len(i), *eps.shape), cond.expand(len(i), *cond.shape)
         slope = slopes(problem, F.one_hot(i, len(g)).to(g), h, *same)
         g[i] = slope.nanmean(dim=1).nan_to_num()
+    g[block] = summed(g[block])
     problem.lora.add_grad(-g)
     return {"images": 2 * len(block) * len(eps)}
 
@@ -204,13 +204,13 @@ def spsa(problem, eps, cond, generator=None, h=0.02, directions=16):
     if len(eps) % directions:
         raise ValueError(f"{len(eps)} pairs cannot be dealt out evenly to {directions} directions")
     eps, cond = (a.view(directions, -1, *a.shape[1:]) for a in (eps, cond))
-    seeds = torch.randint(2**31, (directions,), generator=generator, device=eps.device)
-    g = problem.lora.zeros()
-    size = max(1, problem.batch // (2 * eps.shape[1]))
-    for seed, e, c in zip(seeds.split(size), eps.split(size), cond.split(size)):
-        d = torch.stack([random_signs(g, k) for k in seed.tolist()])
-        slope = slopes(problem, d, h, e, c)
-        g += slope.nanmean(dim=1).nan_to_num() @ d / directions
+    g = torch.zeros_like(parameters_to_vector(problem.lora.parameters))
+    slope, seeds = g.new_zeros(directions), random_seeds(directions, generator)
+    for _, (k, e, c) in dealt_out(problem.batch // (2 * eps.shape[1]), torch.arange(directions), eps, cond):
+        d = torch.stack([random_signs(g, seeds[i]) for i in k])
+        slope[k] = slopes(problem, d, h, e, c).nanmean(dim=1).nan_to_num()
+    for seed, weight in zip(seeds, summed(slope) / directions):
+        g += weight * random_signs(g, seed)
     problem.lora.add_grad(-g)
     return {"images": 2 * eps.shape[0] * eps.shape[1]}
 
@@ -237,11 +237,12 @@ def fdfo(problem, eps, cond, generator=None, churn=0.05, branches=2, train_steps
     shares = zip(eps.chunk(updates), cond.chunk(updates))
     shares = [roll_out(problem, e, c, generator, churn, branches, train_steps) for e, c in shares]
     R = torch.cat([r["R"] for share in shares for r in share])
-    unit = (R - R.mean(1, keepdim=True)).abs().nanmean().clamp(min=1e-12)
-    for i, share in enumerate(shares):
+    spread = (R - R.mean(1, keepdim=True)).abs()
+    total, count = summed(torch.stack([spread.nansum(), spread.isfinite().to(R).sum()]))
+    unit = (total / count).clamp(min=1e-12)
+    for i, (e, share) in enumerate(zip(eps.chunk(updates), shares)):
         if i > 0:
             step()
-        images = sum(r["R"].numel() for r in share)
         for r in share:
             # a group with a NaN among its rewards says nothing
             dR = ((r["R"] - r["R"].mean(1, keepdim=True)) / unit).flatten().nan_to_num()
@@ -255,8 +256,11 @@ def fdfo(problem, eps, cond, generator=None, churn=0.05, branches=2, train_steps
                     with torch.no_grad(), problem.lora.switched_off():
                         v_base = problem.velocity(x, t, r["cond"])
                     loss = loss + kl * ((v - v_base) ** 2).flatten(1).mean(1)
-                (weight / images * loss.sum()).backward()
-    return {"images": R.numel()}
+                (weight / (branches * len(e)) * loss.sum()).backward()
+        if dist.is_initialized():
+            grads = [p.grad for p in problem.lora.parameters]
+            vector_to_parameters(summed(parameters_to_vector(grads)), grads)
+    return {"images": branches * len(eps)}
 
 
 @torch.no_grad()
@@ -266,35 +270,31 @@ def roll_out(problem, eps, cond, generator, churn, branches, train_steps):
     cond [B, ...], R [B / K, K], the (weight, t, x_t, v) of the steps to train on, and the direction d
     [B, ...] from the group's mean image to this one, over its mean square.
     """
-    records, groups = [], max(1, problem.batch // branches)
-    for e, c in zip(eps.split(groups), cond.split(groups)):
+    records, seeds = [], random_seeds(len(eps), generator)
+    for number, (e, c) in dealt_out(problem.batch // branches, eps, cond):
         e, c, steps = e.repeat_interleave(branches, 0), c.repeat_interleave(branches, 0), []
+        generator = torch.Generator(e.device).manual_seed(seeds[number])
         x = sample(problem.velocity, e, c, problem.times, churn, generator, steps)
         R = problem.reward(x, c).view(-1, branches)
         dx = x.view(*R.shape, -1)
         dx = dx - dx.mean(1, keepdim=True)
         d = (dx / (dx**2).mean((1, 2), keepdim=True)).view_as(x)
-        weights = step_weights(problem.times, train_steps, generator, x.device)
+        weights = step_weights(problem.times, train_steps, generator)
         steps = [(weight, *step) for weight, step in zip(weights, steps) if weight > 0]
         records.append({"cond": c, "R": R, "steps": steps, "d": d})
     return records
 
 
-def step_weights(times, count=None, generator=None, device="cpu"):
+def step_weights(times, count=None, generator=None):
     """The share of the whole time that each step covers, for so much does its velocity move the image.
 
     With a count, that many points evenly spaced in time, from a random start, draw the steps that count; the
     others get 0. Either way the weights add up to 1, and on average are the shares.
     """
-    share = -torch.tensor(times).diff() / times[0]
+    shares = [(t - s) / times[0] for t, s in pairwise(times)]
     if count is None:
-        return share.tolist()
-    points = (torch.rand(1, generator=generator, device=device).cpu() + torch.arange(count)) / count
-    drawn = torch.searchsorted(share.cumsum(0), points).clamp(max=len(share) - 1)
-    return (torch.bincount(drawn, minlength=len(share)) / count).tolist()
-
-
-if __name__ == "__main__":
-    import toy
-
-    toy.main()
+        return shares
+    start = random_seeds(1, generator)[0] / 2**31
+    ends = list(accumulate(shares))
+    drawn = [min(bisect(ends, (i + start) / count), len(ends) - 1) for i in range(count)]
+    return [drawn.count(i) / count for i in range(len(ends))]

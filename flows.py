@@ -1,173 +1,126 @@
-"""A diffusers pipeline as a flow in the coordinates of fdflow.py, and LoRA files that diffusers reads."""
+"""Diffusers pipelines as flows in the coordinates of fdflow.py: Stable Diffusion 1 to 3.5, SDXL, Flux.
 
-import json
-import warnings
-from dataclasses import dataclass
-from pathlib import Path
+Every family keeps the model code, schedule and encoders of its diffusers pipeline, and says here only how its
+network becomes a velocity. Each makes the very images of its pipeline for the same noise.
+"""
+
+import math
 
 import diffusers
+import numpy as np
 import torch
-import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import fdflow
 from errors import UserError, first_line
-from fdflow import LoRA
-
-TINY = Path(__file__).resolve().parent / "tiny"
+from models import load_pipeline
 
 
-@dataclass
-class Model:
-    """Where a model lies and what suits it when the command line does not say otherwise."""
-
-    path: str
-    steps: int
-    size: int  # pixels
-    guidance: float  # 1 is none
-    lr: float
-    pad_tokens: int = 256  # zero tokens in place of an absent T5 encoder
-    train_steps: int | None = None  # steps trained of each trajectory; None is all
-    kl: float = 0.0  # pull to the base model
-
-
-MODELS = {
-    "tiny": Model(
-        str(TINY / "tiny-sd3"), steps=4, size=64, guidance=1, lr=5e-4, pad_tokens=1, train_steps=2, kl=1.0
-    ),
-    "sd3": Model("stabilityai/stable-diffusion-3-medium-diffusers", steps=28, size=512, guidance=1, lr=3e-5),
-    "sd3.5": Model("stabilityai/stable-diffusion-3.5-medium", steps=40, size=512, guidance=1, lr=3e-5),
-}
-
-
-def find_model(name):
-    """The Model for an alias, a hub id or a local folder. UserError if it is none of them."""
-    if name in MODELS:
-        return MODELS[name]
-    for model in MODELS.values():
-        if name == model.path or Path(name).resolve() == Path(model.path):
-            return model
-    if not Path(name).is_dir() and name.count("/") != 1:
-        raise UserError(f"model {name!r} is no folder, no hub id and none of {', '.join(MODELS)}")
-    return Model(name, steps=28, size=512, guidance=1, lr=3e-5)
-
-
-def load_pipeline(path, dtype):
-    """Load a StableDiffusion3Pipeline, with None for what its index lists as null; or a UserError."""
-    warnings.filterwarnings("ignore", module="huggingface_hub")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    diffusers.logging.set_verbosity_error()
-    diffusers.logging.disable_progress_bar()
-    if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
-        raise UserError(f"{path} is not a diffusers pipeline: it has no model_index.json")
+def load_flow(model, args, prompts):
+    """Load a Model as the Flow of its family and encode all prompts it will be asked for."""
     try:
-        index = diffusers.DiffusionPipeline.load_config(path)
-        if index["_class_name"] != "StableDiffusion3Pipeline":
-            raise UserError(f"{path} is a {index['_class_name']}; this trains StableDiffusion3Pipeline")
-        absent = {part: None for part, kind in index.items() if kind == [None, None]}
-        return diffusers.StableDiffusion3Pipeline.from_pretrained(path, dtype=dtype, **absent)
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        if "gated" in str(error):
-            message = f"{path} is gated: accept its licence on the hub, then run `hf auth login`"
-        elif Path(path).is_dir():
-            message = f"{path} is damaged or incomplete: {first_line(error)}"
-        else:
-            message = f"cannot reach model {path}: check its name and the network, or use --model tiny"
-        raise UserError(message) from error
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device}: {first_line(error)}") from error
+    pipe = load_pipeline(model.path, getattr(torch, args.dtype))
+    flow = FAMILIES[type(pipe).__name__](pipe, args, model.tokens)
+    flow.encode(prompts)
+    return flow
 
 
-def attention_layers(transformer, few=False):
-    """Names of the layers to train: all attention projections of both streams, as in the paper.
-
-    Few: the value and output projections of the image stream in the last four blocks, for the estimators
-    whose variance or cost grows with the number of parameters.
-    """
-    if few:
-        blocks = range(len(transformer.transformer_blocks))[-4:]
-        return [f"transformer_blocks.{i}.attn.{name}" for i in blocks for name in ("to_v", "to_out.0")]
-    return ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-
-
-class SD3Flow:
-    """A StableDiffusion3Pipeline in the coordinates of fdflow.py.
+class Flow:
+    """A diffusers pipeline as a flow; the families below say what differs.
 
     Latents x are float32 [B, C, H / 8, W / 8]; `cond` [B] holds indices into the prompts given to `encode`;
-    `times` is the scheduler's own schedule of `steps` steps; guidance > 1 is classifier-free guidance.
+    `times` is the scheduler's own schedule; guidance > 1 is classifier-free guidance. `network` is the part
+    that is trained, `part` its name in the pipeline.
     """
 
-    def __init__(self, model, args):
-        """args has device, dtype, steps, size (pixels) and guidance, as `fill_defaults` leaves them."""
-        self.device, self.dtype, self.guidance = args.device, getattr(torch, args.dtype), args.guidance
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {self.device}: {first_line(error)}") from error
-        self.pipe = load_pipeline(model.path, self.dtype).to(self.device)
-        self.pad_tokens = model.pad_tokens
-        self.transformer = self.pipe.transformer.eval().requires_grad_(False)
-        self.vae = self.pipe.vae.eval().requires_grad_(False)
-        pixels = self.pipe.vae_scale_factor * self.pipe.patch_size
-        most = pixels * self.transformer.config.pos_embed_max_size
-        if args.size % pixels or args.size > most:
+    part = "transformer"
+    patch = 1  # latent pixels to a side of the network's patch
+    noise_scale = 1.0  # times the noise of a pipeline is normal noise
+
+    def __init__(self, pipe, args, tokens):
+        """args has device, dtype, steps, size, guidance, compile and checkpointing, all filled in."""
+        self.pipe, self.device, self.dtype = pipe, args.device, getattr(torch, args.dtype)
+        self.guidance, self.tokens = args.guidance, tokens
+        self.network = getattr(pipe, self.part).eval().requires_grad_(False)
+        self.vae = pipe.vae.eval().requires_grad_(False)
+        self.width, self.height = (int(side) for side in (args.size.split("x") * 2)[:2])
+        pixels = pipe.vae_scale_factor * self.patch
+        most = pixels * self.network.config.get("pos_embed_max_size", 1000)
+        if self.width % pixels or self.height % pixels or max(self.width, self.height) > most:
             raise UserError(f"--size {args.size}: this model makes multiples of {pixels} pixels up to {most}")
-        side = args.size // self.pipe.vae_scale_factor
-        self.shape = (self.transformer.config.in_channels, side, side)
-        self.pipe.scheduler.set_timesteps(args.steps)
-        self.times = self.pipe.scheduler.sigmas.tolist()
-        self.prompts = []
+        scale = pipe.vae_scale_factor
+        self.shape = (self.vae.config.latent_channels, self.height // scale, self.width // scale)
+        self.times = self.schedule(args.steps)
+        self.prompts, self.last = [], (None, None)
+        if args.checkpointing:
+            self.network.enable_gradient_checkpointing()
+        if args.compile:  # the repeated blocks only, which starts sooner than the whole network
+            for module in self.network.modules():
+                if type(module).__name__ in self.blocks:
+                    module.compile()
+
+    def schedule(self, steps, sigmas=None):
+        """The times of a flow-matching scheduler, shifted by the size of the image where it is dynamic."""
+        scheduler, c = self.pipe.scheduler, self.pipe.scheduler.config
+        patches, mu = self.shape[1] * self.shape[2] // self.patch**2, None
+        if c.use_dynamic_shifting:  # linear in the number of patches
+            slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
+            mu = c.base_shift + slope * (patches - c.base_image_seq_len)
+        scheduler.set_timesteps(steps, sigmas=sigmas, mu=mu)
+        return scheduler.sigmas.tolist()
 
     @torch.no_grad()
     def encode(self, prompts):
-        """Encode prompts once; from now on `cond` is an index into them."""
-        self.prompts, parts = list(prompts), []
-        for i in range(0, len(self.prompts), 64):
-            batch = self.prompts[i : i + 64] + [""]  # the last is for guidance
-            text, _, pooled, _ = self.pipe.encode_prompt(
-                batch, None, None, self.device, max_sequence_length=self.pad_tokens,
-                do_classifier_free_guidance=False,
-            )  # fmt: skip
-            parts.append((text[:-1].cpu(), pooled[:-1].cpu()))
-        self.text, self.pooled = (torch.cat(part) for part in zip(*parts))
-        self.empty = (text[-1:].cpu(), pooled[-1:].cpu())
+        """Encode prompts, once for all: `cond` is an index into them, and the encoders are let go."""
+        encoders = {k: e for k, e in self.pipe.components.items() if k.startswith("text_encoder") and e}
+        for encoder in encoders.values():
+            encoder.to(self.device)
+        distinct, self.prompts = list(dict.fromkeys(prompts)), list(prompts)
+        parts = [self.embed(distinct[i : i + 64], False) for i in range(0, len(distinct), 64)]
+        rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
+        self.embeddings = [torch.cat([a.cpu() for a in part])[rows] for part in zip(*parts)]
+        self.empty = [a.cpu() for a in self.embed(distinct[:1], True)] if self.guided else None
+        for name in encoders:
+            setattr(self.pipe, name, None)
+        self.network.to(self.device)
+        self.vae.to(self.device)
+
+    @property
+    def guided(self):
+        """Whether guidance takes a second, unconditional call of the network."""
+        return self.guidance > 1
 
     def velocity(self, x, t, cond):
-        """v(x_t, t, cond) [B, C, h, w]; t is a float."""
-        text, pooled = self.text[cond], self.pooled[cond]
-        if self.guidance > 1:
-            # each image beside its unconditional twin, so that the k-th part of the batch stays the k-th part
-            x = x.repeat_interleave(2, 0)
-            text, pooled = (
-                torch.stack([empty.expand_as(a), a], 1).flatten(0, 1)
-                for a, empty in zip((text, pooled), self.empty)
-            )
-        v = self.transformer(
-            hidden_states=x.to(self.dtype),
-            timestep=torch.full((len(x),), 1000 * t, device=self.device),
-            encoder_hidden_states=text.to(self.device),
-            pooled_projections=pooled.to(self.device),
-            return_dict=False,
-        )[0].float()
-        if self.guidance > 1:
-            base, v = v.unflatten(0, (-1, 2)).unbind(1)
-            v = base + self.guidance * (v - base)
-        return v
+        """v(x_t, t, cond) [B, C, h, w], float32; t is a float, one of `times`."""
+        if self.last[0] is not cond:  # a trajectory asks again and again for the same
+            self.last = cond, [a[cond].to(self.device) for a in self.embeddings]
+        embeddings = self.last[1]
+        if not self.guided:
+            return self.predict(x, t, *embeddings)
+        # each image beside its unconditional twin, so that the k-th part of the batch stays the k-th part
+        twins = [(empty.to(a).expand_as(a), a) for a, empty in zip(embeddings, self.empty)]
+        twins = [torch.stack(twin, 1).flatten(0, 1) for twin in twins]
+        base, v = self.predict(x.repeat_interleave(2, 0), t, *twins).unflatten(0, (-1, 2)).unbind(1)
+        return base + self.guidance * (v - base)
 
     @torch.no_grad()
     def decode(self, x):
-        """Latents to images [B, 3, H, W], float32 in [0, 1]."""
+        """Latents to images [B, 3, H, W], float32 in [0, 1]; a few at a time, to save memory."""
         config, images = self.vae.config, []
-        for part in (x / config.scaling_factor + config.shift_factor).split(16):
+        for part in x.split(max(1, min(16, 2**20 // (self.width * self.height)))):
+            part = part / config.scaling_factor + (config.shift_factor or 0)
             image = self.vae.decode(part.to(self.dtype), return_dict=False)[0].float()
             images.append((image / 2 + 0.5).clamp(0, 1))
         return torch.cat(images)
 
     def noise(self, seeds):
-        """Standard normal noise [N, C, h, w], image i that of torch.Generator().manual_seed(seeds[i])."""
+        """Normal noise [N, C, h, w], image i that of torch.Generator().manual_seed(seeds[i])."""
         draws = [torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(draws).to(self.device)
+        return self.noise_scale * torch.stack(draws).to(self.device)
 
     @torch.no_grad()
     def images(self, cond, seeds, batch=64, progress=False):
@@ -179,45 +132,107 @@ class SD3Flow:
             images.append(self.decode(x).cpu())
         return torch.cat(images)
 
-
-# ---- LoRA files in the format of diffusers
-
-
-def save_lora(lora, path):
-    """Write what `pipe.load_lora_weights` reads; the scale is folded into B, so alpha equals the rank."""
-    tensors = {}
-    for name, layer in lora.layers.items():
-        tensors[f"transformer.{name}.lora_A.weight"] = layer.A.detach().cpu().clone()
-        tensors[f"transformer.{name}.lora_B.weight"] = (layer.scale * layer.B).detach().cpu().contiguous()
-    part = Path(f"{path}.part")
-    save_file(tensors, part, metadata={"format": "pt"})
-    part.replace(path)
+    def full(self, x, value):
+        """One number for each image, as networks take times and guidance: float32 [B]."""
+        return torch.full((len(x),), value, device=x.device)
 
 
-def load_lora(transformer, path):
-    """Put a LoRA file, or that of a run folder, around the layers of `transformer`; returns the LoRA."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / "lora.safetensors"
-        if not path.exists():  # the name diffusers gives its own
-            path = path.with_name("pytorch_lora_weights.safetensors")
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-            metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    except FileNotFoundError as error:
-        raise UserError(f"no LoRA at {path}") from error
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is not a LoRA file: {first_line(error)}") from error
-    start, end = "transformer.", ".lora_A.weight"
-    names = [key[len(start) : -len(end)] for key in tensors if key.startswith(start) and key.endswith(end)]
-    lora = LoRA(transformer, names or ["LoRA in diffusers format"], rank=1)
-    for name in names:
-        A, B = tensors[f"{start}{name}.lora_A.weight"], tensors[f"{start}{name}.lora_B.weight"]
-        layer = lora.layers.get(name)
-        if layer is None or (A.shape[1], B.shape[0]) != (layer.base.in_features, layer.base.out_features):
-            raise UserError(f"the LoRA {path} does not fit this model at {name}")
-        alpha = metadata.get("transformer.lora_alpha", len(A))
-        layer.scale = float(tensors.get(f"{start}{name}.alpha", alpha)) / len(A)
-        layer.A, layer.B = (torch.nn.Parameter(a.to(layer.A)) for a in (A, B))
-    return lora
+class SD3Flow(Flow):
+    """Stable Diffusion 3 and 3.5 (Esser et al. 2024), with or without its T5 encoder."""
+
+    blocks = ("JointTransformerBlock",)
+
+    @property
+    def patch(self):
+        return self.pipe.patch_size
+
+    def embed(self, prompts, unconditional):
+        embeddings = self.pipe.encode_prompt(
+            prompts, None, None, self.device, do_classifier_free_guidance=unconditional,
+            max_sequence_length=self.tokens,
+        )  # fmt: skip
+        return embeddings[unconditional::2]
+
+    def predict(self, x, t, text, pooled):
+        timestep = self.full(x, 1000 * t)
+        return self.network(x.to(self.dtype), text, pooled, timestep, return_dict=False)[0].float()
+
+
+class FluxFlow(Flow):
+    """Flux: patches of 2 x 2 latent pixels as tokens; a distilled guidance is an input of the network."""
+
+    blocks, patch = ("FluxTransformerBlock", "FluxSingleTransformerBlock"), 2
+    guided = False
+
+    def schedule(self, steps):
+        if self.guidance > 1 and not self.network.config.guidance_embeds:
+            raise UserError(f"--guidance {self.guidance}: this model was made to run without, at 1")
+        return super().schedule(steps, sigmas=np.linspace(1.0, 1 / steps, steps))
+
+    def embed(self, prompts, unconditional):
+        return self.pipe.encode_prompt(prompts, None, self.device, max_sequence_length=self.tokens)[:2]
+
+    def predict(self, x, t, text, pooled):
+        patches = F.pixel_unshuffle(x, 2)
+        rows, columns = patches.shape[2:]
+        places = self.pipe._prepare_latent_image_ids(len(x), rows, columns, x.device, self.dtype)
+        guidance = self.full(x, self.guidance) if self.network.config.guidance_embeds else None
+        v = self.network(
+            patches.flatten(2).mT.to(self.dtype), text, pooled, self.full(x, t), places,
+            text.new_zeros(text.shape[1], 3), guidance, return_dict=False,
+        )[0].float()  # fmt: skip
+        return F.pixel_shuffle(v.mT.unflatten(2, (rows, columns)), 2)
+
+
+class SDFlow(Flow):
+    """Stable Diffusion 1, 2 and Turbo, which predict noise, or v, of a variance-preserving process.
+
+    With a the cumulative alpha of a timestep and sigma = sqrt((1 - a) / a) its noise over its signal,
+    t = sigma / (1 + sigma) and x_vp = sqrt(a) (1 + sigma) x_t. An Euler step in t is one of DDIM.
+    """
+
+    part, blocks = "unet", ("BasicTransformerBlock",)
+
+    def schedule(self, steps):
+        scheduler = diffusers.EulerDiscreteScheduler.from_config(self.pipe.scheduler.config)
+        self.kind = scheduler.config.prediction_type
+        if self.kind not in ("epsilon", "v_prediction"):
+            raise UserError(f"this model predicts {self.kind}; known are epsilon and v_prediction")
+        scheduler.set_timesteps(steps)
+        self.timesteps, sigmas = scheduler.timesteps.tolist(), scheduler.sigmas
+        self.noise_scale = float(scheduler.init_noise_sigma / sigmas[0])
+        return (sigmas / (1 + sigmas)).tolist()
+
+    def embed(self, prompts, unconditional):
+        return self.pipe.encode_prompt(prompts, self.device, 1, unconditional)[unconditional::2]
+
+    def predict(self, x, t, text, **added):
+        sigma = t / (1 - t)
+        a = 1 / (1 + sigma**2)
+        x_vp = math.sqrt(a) * (1 + sigma) * x
+        timestep = self.full(x, self.timesteps[self.times.index(t)])
+        out = self.network(x_vp.to(self.dtype), timestep, text, return_dict=False, **added)[0].float()
+        eps = out if self.kind == "epsilon" else math.sqrt(a) * out + math.sqrt(1 - a) * x_vp
+        return (eps - x) / (1 - t)
+
+
+class SDXLFlow(SDFlow):
+    """SDXL and SDXL-Turbo, which also see the pooled text and the size of the image."""
+
+    def embed(self, prompts, unconditional):
+        return self.pipe.encode_prompt(
+            prompts, device=self.device, do_classifier_free_guidance=unconditional
+        )[unconditional::2]
+
+    def predict(self, x, t, text, pooled):
+        size = [self.height, self.width]
+        sizes = torch.tensor([size + [0, 0] + size], dtype=self.dtype, device=x.device).expand(len(x), -1)
+        return super().predict(x, t, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes})
+
+
+FAMILIES = {
+    "StableDiffusion3Pipeline": SD3Flow,
+    "StableDiffusionPipeline": SDFlow,
+    "StableDiffusionXLPipeline": SDXLFlow,
+    "FluxPipeline": FluxFlow,
+}

@@ -11,8 +11,8 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from adapters import save_lora
 from errors import UserError, first_line
-from flows import save_lora
 
 
 def new_folder(args):
@@ -72,9 +72,12 @@ def read_metrics(folder, last):
     return [record for record in records if record["iteration"] <= last]
 
 
-def save_state(folder, iteration, lora, optimizer):
-    """Write lora.safetensors and state.pt; the checkpoint before stays as state.previous.pt."""
-    save_lora(lora, folder / "lora.safetensors")
+def save_state(folder, iteration, part, lora, optimizer):
+    """Write lora.safetensors and state.pt; the checkpoint before stays as state.previous.pt.
+
+    part: the pipeline's name for the network that the LoRA is around.
+    """
+    save_lora(lora, folder / "lora.safetensors", part)
     weights = [p.detach().cpu() for p in lora.parameters]
     state = {"iteration": iteration, "lora": weights, "optimizer": optimizer.state_dict()}
     torch.save(state, folder / "state.part")

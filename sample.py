@@ -5,12 +5,15 @@ python sample.py --prompt "red apple" --n 8 [--lora runs/NAME] [--guidance 4] [-
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import torch
 
+from adapters import load_lora
 from errors import UserError, first_line, run
-from flows import MODELS, SD3Flow, find_model, load_lora
+from flows import load_flow
+from models import MODELS, find_model
 from pictures import grid
 
 
@@ -48,20 +51,34 @@ def number(kind, low, high=float("inf")):
     return parse
 
 
+def size(text):
+    """An argparse type: the size of an image in pixels, a side or width x height."""
+    if not re.fullmatch(r"[1-9]\d{1,3}(x[1-9]\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{text} is not a size as 512 or 768x512")
+    return text
+
+
+def folder_or_name(text):
+    """An argparse type: a folder by its whole path, so that it is found from elsewhere, or any other name."""
+    return str(Path(text).resolve()) if text not in MODELS and Path(text).is_dir() else text
+
+
 def add_model_arguments(parser):
     """The flags that sample.py and train.py share; None leaves the choice to the model or the run."""
     add = parser.add_argument
-    add("--model", help=f"{', '.join(MODELS)}, a hub id or a folder (default tiny)")
+    add("--model", type=folder_or_name, help=f"{', '.join(MODELS)}, a hub id or a folder (default tiny)")
     add("--steps", type=number(int, 1, 1000), help="sampling steps (default: the model's)")
     add("--guidance", type=number(float, 1, 100), help="guidance scale, 1 is none (default: the model's)")
-    add("--size", type=number(int, 8, 4096), help="side of the images in pixels (default: the model's)")
+    add("--size", type=size, help="in pixels: 512, or 768x512 (width first; default: the model's)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)")
     add(
         "--dtype",
         choices=["float32", "bfloat16"],
         help="of the model (default: bfloat16 on cuda, else float32)",
     )
-    add("--batch", type=number(int, 1), default=64, help="images in one network call (default 64)")
+    add("--batch", type=number(int, 1), help="images in one network call (default: tiny 64, SD3.5 8)")
+    add("--compile", action="store_true", help="compile the network's blocks: a slow start, then faster")
+    add("--checkpointing", action="store_true", help="compute twice what training would store: less memory")
 
 
 def fill_defaults(args):
@@ -69,7 +86,7 @@ def fill_defaults(args):
     args.model = args.model or "tiny"
     model = find_model(args.model)
     args.steps, args.size = args.steps or model.steps, args.size or model.size
-    args.guidance = args.guidance or model.guidance
+    args.guidance, args.batch = args.guidance or model.guidance, args.batch or model.batch
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return model
@@ -100,15 +117,14 @@ def main():
         for key in ("model", "steps", "guidance", "size"):
             setattr(args, key, getattr(args, key) or config[key])
     model = fill_defaults(args)
-    flow = SD3Flow(model, args)
-    flow.encode(prompts)
+    flow = load_flow(model, args, prompts)
     cond = torch.arange(len(prompts)).repeat_interleave(args.n)
     seeds = [args.seed + i for i in range(args.n)] * len(prompts)
     columns = []
     if args.compare or not args.lora:
         columns.append(flow.images(cond, seeds, args.batch, progress=True))
     if args.lora:
-        load_lora(flow.transformer, args.lora)
+        load_lora(flow, args.lora)
         columns.append(flow.images(cond, seeds, args.batch, progress=True))
     captions = [prompts[c] + (" | with LoRA" if args.compare else "") for c in cond]
     picture = grid(

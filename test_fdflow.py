@@ -1,14 +1,10 @@
-"""Tests: the estimators against autograd and closed forms, the tiny model against diffusers.
+"""Tests: the sampler, the LoRA and the estimators against autograd and closed forms.
 
-pytest -q
+pytest -q test_fdflow.py
 """
 
-import argparse
 import math
-from pathlib import Path
 
-import diffusers
-import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,11 +13,7 @@ from torch import nn
 import fdflow
 import toy
 from fdflow import LoRA, Problem, central_difference, churned_step, fdfo, sample, spsa
-from flows import SD3Flow, attention_layers, load_lora, save_lora
-from sample import fill_defaults
 
-HERE = Path(__file__).resolve().parent
-TINY = HERE / "tiny"
 torch.set_num_threads(2)
 
 
@@ -133,12 +125,12 @@ def test_population_axis_equals_one_member_at_a_time():
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
     # and by hand: member k is the model with those parameters
     problem, (eps, cond) = small_problem(), draw(6)
-    offsets = 0.1 * torch.randn(3, sum(problem.lora.sizes), dtype=torch.float64)
+    offsets = 0.1 * torch.randn(3, sum(p.numel() for p in problem.lora.parameters), dtype=torch.float64)
     with problem.lora.perturbed(offsets):
         together = problem.velocity(eps, 0.5, cond)
     for offset, x, v in zip(offsets, eps.chunk(3), together.chunk(3)):
         start = [p.data for p in problem.lora.parameters]
-        for p, o in zip(problem.lora.parameters, offset.split(problem.lora.sizes)):
+        for p, o in zip(problem.lora.parameters, problem.lora.unflatten(offset)):
             p.data = p.data + o.view_as(p)
         torch.testing.assert_close(problem.velocity(x, 0.5, None), v)
         for p, data in zip(problem.lora.parameters, start):
@@ -303,102 +295,6 @@ def test_step_weights_are_shares_of_the_time():
     assert torch.allclose(drawn.sum(1), torch.ones(2000))
     # chances of 0 to 1 in 2,000 draws: a standard error of at most 0.011; four of them
     torch.testing.assert_close(drawn.mean(0), shares, rtol=0, atol=0.045)
-
-
-# ---- the tiny model and diffusers
-
-
-def tiny_flow(model="tiny", **options):
-    """The flow that the command line would make with these options."""
-    unset = dict.fromkeys(["steps", "size", "guidance", "device", "dtype"])
-    args = argparse.Namespace(model=model, **unset | options)
-    return SD3Flow(fill_defaults(args), args)
-
-
-def pipeline_images(pipe, prompts, seeds, steps, guidance):
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return pipe(
-        prompts, num_inference_steps=steps, guidance_scale=guidance, height=64, width=64,
-        max_sequence_length=1, generator=generators, output_type="pt",
-    ).images  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(
-        TINY / "tiny-sd3", text_encoder_3=None, tokenizer_3=None
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_sampler_is_the_pipeline(pipe, guidance):
-    prompts, seeds = ["red apple", "robot", "sun"], [5, 6, 7]
-    flow = tiny_flow(steps=5, guidance=guidance)
-    flow.encode(["unused", *prompts])
-    images = flow.images(torch.tensor([1, 2, 3]), seeds, batch=2)
-    expected = pipeline_images(pipe, prompts, seeds, 5, guidance)
-    # the same float32 operations in other batches: a hundredth of a pixel level of 1 / 255
-    assert (images - expected).abs().max() < 4e-5
-
-
-def test_schedule_has_the_shift_of_the_pipeline(pipe, tmp_path):
-    shifted = diffusers.StableDiffusion3Pipeline(**pipe.components)
-    shifted.register_modules(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
-    shifted.save_pretrained(tmp_path)
-    flow = tiny_flow(model=str(tmp_path), steps=4, size=64)
-    assert flow.times[0] == 1 and flow.times[-1] == 0 and len(flow.times) == 5
-    # SD3's shift, 3 t / (1 + 2 t), counts twice: the steps are even down to 1 / 1000 shifted, then shifted
-    low = 3 * 0.001 / (1 + 2 * 0.001)
-    even = [1, (2 + low) / 3, (1 + 2 * low) / 3, low]
-    assert flow.times[:-1] == pytest.approx([3 * t / (1 + 2 * t) for t in even], abs=1e-6)
-
-
-def random_lora(flow, seed=0):
-    """A LoRA on all attention layers that changes the images."""
-    generator = torch.Generator().manual_seed(seed)
-    lora = LoRA(flow.transformer, attention_layers(flow.transformer), rank=4, alpha=8, generator=generator)
-    for layer in lora.layers.values():
-        layer.B.data = 0.05 * torch.randn(layer.B.shape, generator=generator)
-    return lora
-
-
-def test_lora_loads_in_diffusers(pipe, tmp_path):
-    flow = tiny_flow()
-    flow.encode(["red apple", "robot"])
-    cond, seeds = torch.tensor([0, 1]), [0, 1]
-    base = flow.images(cond, seeds)
-    lora = random_lora(flow)
-    changed = flow.images(cond, seeds)
-    assert (changed - base).abs().mean() > 0.01
-    with lora.switched_off():
-        assert torch.equal(flow.images(cond, seeds), base)
-    save_lora(lora, tmp_path / "lora.safetensors")
-    pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
-    theirs = pipeline_images(pipe, ["red apple", "robot"], seeds, 4, 1.0)
-    pipe.unload_lora_weights()
-    # float32, but W x + B A x is summed in another order
-    assert (theirs - changed).abs().max() < 1e-4
-    again = tiny_flow()
-    again.encode(["red apple", "robot"])
-    load_lora(again.transformer, tmp_path)
-    assert (again.images(cond, seeds) - changed).abs().max() < 1e-4
-
-
-def test_lora_of_peft_loads_here(pipe, tmp_path):
-    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["to_q", "to_out.0"], init_lora_weights=False)
-    pipe.transformer.add_adapter(config)
-    expected = pipeline_images(pipe, ["robot"], [3], 4, 1.0)
-    layers = peft.get_peft_model_state_dict(pipe.transformer)
-    metadata = diffusers.training_utils._collate_lora_metadata({"transformer": pipe.transformer})
-    pipe.save_lora_weights(tmp_path, layers, **metadata)
-    pipe.transformer.delete_adapters("default")
-    flow = tiny_flow()
-    flow.encode(["robot"])
-    load_lora(flow.transformer, tmp_path)
-    images = flow.images(torch.tensor([0]), [3])
-    assert (images - expected).abs().max() < 1e-4
 
 
 def test_lora_computes_in_the_dtype_of_the_model_and_learns_in_float32():

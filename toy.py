@@ -1,6 +1,6 @@
 """A two-dimensional toy: post-train a small flow and see which way each estimator points. Draws toy.png.
 
-python fdflow.py
+python toy.py
 """
 
 import torch

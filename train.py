@@ -3,21 +3,28 @@
 python train.py --reward aesthetic                               # the bundled tiny model, minutes on a CPU
 python train.py --reward "0.2*clip + aesthetic" --model sd3.5    # one GPU
 python train.py --name aesthetic --resume                        # go on after an interruption
+torchrun --standalone --nproc-per-node 8 train.py --model sd3.5  # many GPUs
 """
 
 import argparse
+import atexit
 import math
+import os
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
+from adapters import attention_layers
 from errors import UserError, run
-from fdflow import LoRA, Problem, central_difference, fdfo, spsa
-from flows import TINY, SD3Flow, attention_layers
+from evaluation import HeldOut, Scorer, joined, mean_and_error, rank
+from fdflow import LoRA, Problem, central_difference, fdfo, random_seeds, spsa
+from flows import load_flow
+from models import TINY
 from pictures import animate, grid, report, save_picture
 from rewards import Reward, load_clip
 from runs import (
@@ -36,7 +43,7 @@ from sample import Parser, add_model_arguments, fill_defaults, number, read_prom
 
 # what suits each estimator where the command line is silent; the model says the rest
 ESTIMATORS = {
-    "fdfo": {"iterations": 100, "pairs": 32, "rank": 8},
+    "fdfo": {"iterations": 100, "pairs": 32},
     "spsa": {"iterations": 20, "pairs": 128, "rank": 1, "lr": 0.01, "h": 0.02},
     "central": {"iterations": 30, "pairs": 2, "rank": 1, "lr": 0.02, "h": 0.1},
 }
@@ -54,11 +61,15 @@ def parse_args():
     add_model_arguments(parser)
     add("--pairs", type=number(int, 1), help="noises an iteration (default: fdfo 32, spsa 128, central 2)")
     add("--branches", type=number(int, 2), default=2, help="fdfo: images from each noise (default 2)")
-    add("--churn", type=number(float, 1e-6, 10), default=0.05, help="fdfo: how far they part (default 0.05)")
+    add(
+        "--churn",
+        type=number(float, 1e-6, 10),
+        help="fdfo: how far they part (default: tiny 0.05, SD3.5 0.0025)",
+    )
     add(
         "--train-steps",
         type=number(int, 1),
-        help="fdfo: random steps trained per trajectory (default: tiny 2, others all)",
+        help="fdfo: random steps trained (default: tiny 2, SD3.5 10 of 40)",
     )
     add(
         "--clip",
@@ -74,8 +85,12 @@ def parse_args():
         "--coordinates", type=number(int, 1), default=32, help="central: parameters an iteration (default 32)"
     )
     add("--lr", type=number(float, 0, 1), help="of AdamW (default: the model's; spsa 0.01, central 0.02)")
-    add("--rank", type=number(int, 1), help="of the LoRA (default: fdfo 8, spsa and central 1)")
-    add("--alpha", type=number(float, 1e-6), help="the LoRA is scaled by alpha / rank (default: the rank)")
+    add("--rank", type=number(int, 1), help="of the LoRA (default: tiny 8, others 32; spsa and central 1)")
+    add(
+        "--alpha",
+        type=number(float, 1e-6),
+        help="scales the LoRA by alpha / rank (default: tiny 1, others 2 ranks)",
+    )
     add("--name", help="of the run (default: made from the reward)")
     add("--out", default="runs", help="folder of the runs (default runs)")
     add("--eval-every", type=number(int, 1), default=20, help="iterations between evaluations (default 20)")
@@ -98,6 +113,7 @@ def parse_args():
     for key, value in {**vars(model), **ESTIMATORS[args.estimator]}.items():
         if getattr(args, key, 0) is None:
             setattr(args, key, value)
+    args.alpha = args.alpha or model.scale * args.rank
     if args.estimator == "spsa" and args.pairs % args.directions:
         raise UserError(f"--pairs {args.pairs} is not a multiple of --directions {args.directions}")
     return args, model
@@ -113,74 +129,18 @@ def split_prompts(path):
     return [prompt for i, prompt in enumerate(prompts) if i % 10], prompts[::10]
 
 
-class Scorer:
-    """The reward of latents, as the estimators ask for it; keeps what the terms gave until `take`."""
-
-    def __init__(self, flow, reward):
-        self.flow, self.reward, self.seen = flow, reward, []
-
-    def __call__(self, x, cond):
-        self.seen.append(self.reward.measure(self.flow.decode(x), [self.flow.prompts[i] for i in cond]))
-        return self.reward.combine(self.seen[-1])
-
-    def take(self):
-        """The values of each term since the last call: {name: [N]}."""
-        values, self.seen = gather(self.seen), []
-        return values
-
-
-class HeldOut:
-    """Measures the model on prompts it is not trained on, two images each, always from the same noise."""
-
-    def __init__(self, flow, count, reward, watched, embed, args):
-        self.flow, self.reward, self.watched, self.embed = flow, reward, watched, embed
-        self.batch = args.batch
-        total = len(flow.prompts)
-        chosen = torch.linspace(total - count, total - 1, min(count, 128)).round().long()
-        self.cond = chosen.repeat_interleave(2)
-        self.prompts = [flow.prompts[i] for i in self.cond]
-        self.seeds = [args.seed * 1_000_000 + i for i in range(len(self.cond))]
-        self.base = None
-
-    @torch.no_grad()
-    def __call__(self):
-        """Returns the images [N, 3, H, W] and a record; the first call measures the base model.
-
-        Gain is the mean difference in reward to the base model's image from the same noise, drift the root
-        mean square difference in pixels, diversity the mean cosine distance between the CLIP embeddings of a
-        prompt's two images.
-        """
-        images, parts, embeddings = self.flow.images(self.cond, self.seeds, self.batch), [], []
-        for i in range(0, len(images), self.batch):
-            part, prompts = images[i : i + self.batch].to(self.flow.device), self.prompts[i : i + self.batch]
-            parts.append(self.reward.measure(part, prompts))
-            for term in self.watched:
-                if term.expression not in parts[-1]:
-                    parts[-1][term.expression] = term(part, prompts)
-            embeddings.append(self.embed(part))
-        values = gather(parts)
-        R = self.reward.combine(values)
-        if self.base is None:
-            self.base = images, R
-        first, second = torch.cat(embeddings).unflatten(0, (-1, 2)).unbind(1)
-        record = dict(zip(("held_out", "held_out_se"), mean_and_error(R)))
-        record |= dict(zip(("gain", "gain_se"), mean_and_error(R - self.base[1])))
-        record["watched"] = {name: mean_and_error(v)[0] for name, v in values.items()}
-        record["watched_se"] = {name: mean_and_error(v)[1] for name, v in values.items()}
-        record["diversity"] = 1 - (first * second).sum(1).mean().item()
-        record["drift"] = (images - self.base[0]).square().mean().sqrt().item()
-        return images, record
-
-
-def gather(parts):
-    """[{name: [n]}, ...] to {name: [N]}, on the CPU."""
-    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
-
-
-def mean_and_error(values):
-    """Mean and standard error of the finite numbers among values [N]."""
-    values = values[values.isfinite()]
-    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
+def start_processes(args):
+    """Join the other processes, if torchrun started this one, and take the GPU of its number."""
+    if not dist.is_torchelastic_launched():
+        return
+    if args.device.startswith("cuda"):
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    atexit.register(dist.destroy_process_group)
+    share = args.updates * dist.get_world_size()
+    if args.estimator == "fdfo" and args.pairs % share:
+        raise UserError(f"--pairs {args.pairs} is not a multiple of {share}, processes times --updates")
 
 
 def make_estimator(args, step):
@@ -220,27 +180,34 @@ def finish(folder, records, args):
 
 def main():
     args, model = parse_args()
-    flow = SD3Flow(model, args)
+    start_processes(args)
     prompts, held_prompts = split_prompts(args.prompts)
-    flow.encode(prompts + held_prompts)
+    flow = load_flow(model, args, prompts + held_prompts)
     beside = Path(model.path).parent
     tiny = beside if (beside / "tiny-clip").is_dir() else None
     reward = Reward(args.reward, tiny, args.device)
     watched = [Reward(term, tiny, args.device) for term in args.watch.split(",") if term.strip()]
-    layers = attention_layers(flow.transformer, few=args.estimator != "fdfo")
-    lora = LoRA(flow.transformer, layers, args.rank, args.alpha, torch.Generator().manual_seed(args.seed))
+    layers = attention_layers(flow.network, few=args.estimator != "fdfo")
+    lora = LoRA(flow.network, layers, args.rank, args.alpha, torch.Generator().manual_seed(args.seed))
     optimizer = torch.optim.AdamW(lora.parameters, args.lr, weight_decay=1e-4)
     problem = Problem(flow.velocity, Scorer(flow, reward), lora, flow.times, args.batch)
     embed = load_clip(tiny, args.device).embed_images
     held_out = HeldOut(flow, len(held_prompts), reward, watched, embed, args)
-    images, base = held_out()  # before anything is written: a reward that fails shows itself here
+    pictures, base = held_out()  # before anything is written: a reward that fails shows itself here
 
-    folder = Path(args.out, args.name) if args.resume else new_folder(args)
-    done = load_state(folder, lora, optimizer) if args.resume else 0
-    records = read_metrics(folder, done) or [{"iteration": 0, "images": 0, **base}]
-    write_config(folder, args)
-    write_metrics(folder, records)
-    save_picture(grid(images[::2][:48], held_out.prompts[::2], 8), folder / "samples" / "000000.png")
+    first = rank() == 0  # of the processes of torchrun; it alone writes
+    records, folder, done = [], None, 0
+    if args.resume:
+        folder = Path(args.out, args.name)
+        done = load_state(folder, lora, optimizer)
+        records = read_metrics(folder, done)
+    elif first:
+        folder = new_folder(args)
+    records = records or [{"iteration": 0, "images": 0, **base}]
+    if first:
+        write_config(folder, args)
+        write_metrics(folder, records)
+        save_picture(grid(pictures, held_out.prompts, 8), folder / "samples" / "000000.png")
 
     def step():
         """An optimiser step, unless the gradient is not finite; returns the norm of the gradient."""
@@ -252,17 +219,19 @@ def main():
 
     estimate = make_estimator(args, step)
     interrupted = catch_interrupt()
-    bar = tqdm(range(done + 1, args.iterations + 1), args.name, initial=done, total=args.iterations)
+    steps = range(done + 1, args.iterations + 1)
+    bar = tqdm(steps, args.name, initial=done, total=args.iterations, disable=not first)
     for iteration in bar:
         start = time.time()
         seed = args.seed * 1_000_003 + iteration  # so that resuming needs no state of a generator
         draws, generator = (torch.Generator(device).manual_seed(seed) for device in ("cpu", args.device))
         cond = torch.randint(len(prompts), (args.pairs,), generator=draws)
-        eps = torch.randn(args.pairs, *flow.shape, generator=draws).to(args.device)
+        eps = flow.noise(random_seeds(args.pairs, draws))
         try:
             made = estimate(problem, eps, cond, generator)["images"]
         except (UserError, torch.OutOfMemoryError):
-            save_state(folder, iteration - 1, lora, optimizer)
+            if first:
+                save_state(folder, iteration - 1, flow.part, lora, optimizer)
             raise
         norm = step()
 
@@ -274,21 +243,26 @@ def main():
         record |= {"not_finite": R.isnan().sum().item(), "grad_norm": norm}
         record |= {"seconds": round(time.time() - start, 3), "memory_mb": peak_memory(args.device)}
         last = iteration == args.iterations
+        pictures = None
         if iteration % args.eval_every == 0 or last:
-            images, measured = held_out()
+            pictures, measured = held_out()
             record |= measured
-            picture = grid(images[::2][:48], held_out.prompts[::2], 8)
-            save_picture(picture, folder / "samples" / f"{iteration:06}.png")
         records.append(record)
-        append_metrics(folder, record)
-        if iteration % args.save_every == 0 or last or interrupted:
-            save_state(folder, iteration, lora, optimizer)
-        show(bar, records)
-        if interrupted and not last:
+        stop = joined([{"stop": torch.tensor([len(interrupted)])}])["stop"].any()
+        if first:
+            append_metrics(folder, record)
+            if pictures is not None:
+                save_picture(grid(pictures, held_out.prompts, 8), folder / "samples" / f"{iteration:06}.png")
+            if iteration % args.save_every == 0 or last or stop:
+                save_state(folder, iteration, flow.part, lora, optimizer)
+            show(bar, records)
+        if stop and not last:
             bar.close()
-            print(f"stopped after iteration {iteration}; go on with --name {args.name} --resume")
+            if first:
+                print(f"stopped after iteration {iteration}; go on with --name {args.name} --resume")
             sys.exit(130)
-    finish(folder, records, args)
+    if first:
+        finish(folder, records, args)
 
 
 if __name__ == "__main__":

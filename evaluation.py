@@ -1,0 +1,99 @@
+"""Scores of images for the estimators, and the evaluation on held-out prompts."""
+
+import math
+
+import torch
+import torch.distributed as dist
+
+from errors import UserError
+
+
+def rank():
+    """The number of this process among those of torchrun; 0 if it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def joined(parts):
+    """[{name: [n, ...]}, ...] to {name: [N, ...]} on the CPU, from all processes in their order."""
+    values = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+    if not dist.is_initialized():
+        return values
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, values)
+    return {name: torch.cat([values[name] for values in everyone]) for name in values}
+
+
+def mean_and_error(values):
+    """Mean and standard error of the finite numbers among values [N]."""
+    values = values[values.isfinite()]
+    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
+
+
+class Scorer:
+    """The reward of latents, as the estimators ask for it; keeps what the terms gave until `take`."""
+
+    def __init__(self, flow, reward):
+        self.flow, self.reward, self.seen = flow, reward, []
+
+    def __call__(self, x, cond):
+        self.seen.append(self.reward.measure(self.flow.decode(x), [self.flow.prompts[i] for i in cond]))
+        return self.reward.combine(self.seen[-1])
+
+    def take(self):
+        """The values of each term since the last call, from all processes: {name: [N]}."""
+        values, self.seen = joined(self.seen), []
+        return values
+
+
+class HeldOut:
+    """Measures the model on prompts it is not trained on, two images each, always from the same noise.
+
+    Up to 128 of the last `count` prompts of the flow; every process measures its share of them.
+    """
+
+    def __init__(self, flow, count, reward, watched, embed, args):
+        self.flow, self.reward, self.watched, self.embed = flow, reward, watched, embed
+        self.batch = args.batch
+        total = len(flow.prompts)
+        chosen = torch.linspace(total - count, total - 1, min(count, 128)).round().long()
+        self.prompts = [flow.prompts[i] for i in chosen]
+        seeds = args.seed * 1_000_000 + torch.arange(2 * len(chosen))
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if len(chosen) < world:
+            raise UserError(f"{world} processes need at least as many held-out prompts, not {len(chosen)}")
+        self.cond = chosen.tensor_split(world)[rank()].repeat_interleave(2)
+        self.seeds = seeds.unflatten(0, (-1, 2)).tensor_split(world)[rank()].flatten().tolist()
+        self.base = self.base_R = None
+
+    @torch.no_grad()
+    def __call__(self):
+        """Returns the first image of up to 48 prompts [P, 3, H, W] and a record of means and standard errors.
+
+        The first call measures the base model. Gain is the mean difference in reward to its image from the
+        same noise, drift the root mean square difference in pixels, diversity the mean cosine distance
+        between the CLIP embeddings of a prompt's two images.
+        """
+        images, parts = self.flow.images(self.cond, self.seeds, self.batch), []
+        if self.base is None:
+            self.base = images
+        for i in range(0, len(images), self.batch):
+            part = images[i : i + self.batch]
+            drift = (part - self.base[i : i + self.batch]).square().mean((1, 2, 3))
+            prompts = [self.flow.prompts[c] for c in self.cond[i : i + self.batch]]
+            part = part.to(self.flow.device)
+            terms = self.reward.measure(part, prompts)
+            terms |= {t.expression: t(part, prompts) for t in self.watched if t.expression not in terms}
+            parts.append({"embedding": self.embed(part), "drift": drift, **terms})
+        values = joined(parts)
+        first, second = values.pop("embedding").unflatten(0, (-1, 2)).unbind(1)
+        drift, R = values.pop("drift"), self.reward.combine(values)
+        if self.base_R is None:
+            self.base_R = R
+        record = dict(zip(("held_out", "held_out_se"), mean_and_error(R)))
+        record |= dict(zip(("gain", "gain_se"), mean_and_error(R - self.base_R)))
+        record["watched"] = {name: mean_and_error(v)[0] for name, v in values.items()}
+        record["watched_se"] = {name: mean_and_error(v)[1] for name, v in values.items()}
+        record["diversity"] = 1 - (first * second).sum(1).mean().item()
+        record["drift"] = drift.mean().sqrt().item()
+        pictures = joined([{"": (255 * images[::2][:48]).round().byte()}])[""]
+        return pictures[:48] / 255, record
