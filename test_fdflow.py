@@ -21,7 +21,7 @@ torch.set_num_threads(2)
 
 
 def small_problem(seed=0, **options):
-    """A random curved flow in 3 dimensions with 60 float64 LoRA parameters, none of them zero."""
+    """A random curved flow in 3 dimensions with 54 float64 LoRA parameters, none of them zero."""
     generator = torch.Generator().manual_seed(seed)
     net = nn.Sequential(nn.Linear(4, 10), nn.Tanh(), nn.Linear(10, 3)).double()
     for p in net.parameters():
