@@ -22,7 +22,7 @@ def run(main):
     except UserError as error:
         message = str(error)
     except torch.OutOfMemoryError:
-        message = "out of GPU memory: lower --batch, --size or --rank"
+        message = "out of GPU memory: lower --batch or --size, or add --checkpointing"
     except KeyboardInterrupt:
         sys.exit(130)
     else:

@@ -72,7 +72,8 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         A, B = self.population or (self.A[None], self.B[None])
         members = x.reshape(len(A), -1, x.shape[-1])
-        return y + self.scale * (members @ A.to(x.dtype).mT @ B.to(x.dtype).mT).view(y.shape)
+        hidden, base = members @ A.to(x.dtype).mT, y.view(len(A), -1, y.shape[-1])
+        return torch.baddbmm(base, hidden, B.to(x.dtype).mT, alpha=self.scale).view(y.shape)
 
 
 class LoRA:

@@ -11,6 +11,11 @@ from safetensors import SafetensorError
 
 from errors import UserError, first_line
 
+for library in (transformers, diffusers):
+    library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", module="huggingface_hub")
+
 TINY = Path(__file__).resolve().parent / "tiny"
 
 
@@ -28,12 +33,12 @@ class Model:
     churn: float = 0.0025
     train_steps: int | None = None  # steps trained of each trajectory; None is all
     kl: float = 0  # pull to the base model
-    batch: int = 8  # images in one network call
+    batch: int = 6  # images in one network call
     tokens: int = 256  # of the T5 encoder, or zeros in its place
 
 
 TINY_PATH = str(TINY / "tiny-sd3")
-TURBO = {"steps": 4, "churn": 0.025, "batch": 16}
+TURBO = {"steps": 4, "churn": 0.025, "batch": 8}
 MODELS = {
     "tiny": Model(TINY_PATH, 4, "64", 1, 5e-4, 8, 1, 0.05, train_steps=2, kl=1, batch=64, tokens=1),
     "sd3": Model("stabilityai/stable-diffusion-3-medium-diffusers", 28, train_steps=7),
@@ -69,10 +74,6 @@ def find_model(name):
 
 def read_index(path):
     """The index of a pipeline, from a folder or the hub; UserError if there is none or of no known class."""
-    warnings.filterwarnings("ignore", module="huggingface_hub")
-    for library in (transformers, diffusers):
-        library.logging.set_verbosity_error()
-        library.logging.disable_progress_bar()
     if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
         raise UserError(f"{path} is not a diffusers pipeline: it has no model_index.json")
     try:

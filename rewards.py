@@ -67,11 +67,9 @@ def jpeg_size(images, prompts):
 class Clip:
     """Image and text embeddings of a transformers CLIPModel, each of unit length."""
 
-    def __init__(self, path, device):
-        self.model = pretrained(transformers.CLIPModel, path).to(device).eval().requires_grad_(False)
-        self.tokenizer = pretrained(transformers.CLIPTokenizer, path)
-        self.processor = pretrained(transformers.CLIPImageProcessor, path)
-        self.last = (None, None)
+    def __init__(self, model, tokenizer, processor):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer, self.processor, self.last = tokenizer, processor, (None, None)
 
     def pixels(self, images):
         """What the model's own image processor makes of images [B, 3, H, W] in [0, 1], on their device."""
@@ -94,7 +92,7 @@ class Clip:
     def embed_images(self, images):
         """[B, D]. The last result is kept, since `clip` and `aesthetic` ask for the same one."""
         if self.last[0] is not images:
-            pixels = self.pixels(images.to(self.model.device))
+            pixels = self.pixels(images.to(self.model.device)).to(self.model.dtype)
             self.last = (images, F.normalize(self.model.get_image_features(pixels).pooler_output, dim=-1))
         return self.last[1]
 
@@ -147,7 +145,10 @@ def pretrained(kind, path):
 @functools.cache
 def load_clip(tiny, device):
     """The CLIP of a folder of tiny models, or where `tiny` is None the published ViT-L/14."""
-    return Clip(tiny / "tiny-clip" if tiny else "openai/clip-vit-large-patch14", device)
+    path = tiny / "tiny-clip" if tiny else "openai/clip-vit-large-patch14"
+    parts = (transformers.CLIPModel, transformers.CLIPTokenizer, transformers.CLIPImageProcessor)
+    model, tokenizer, processor = (pretrained(part, path) for part in parts)
+    return Clip(model.to(device), tokenizer, processor)
 
 
 def load_aesthetic(tiny, device):

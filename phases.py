@@ -1,0 +1,64 @@
+"""What the phases of a computation use: seconds, operations and memory, also of shapes alone."""
+
+import time
+from weakref import finalize
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+# torch counts the attention of the GPU only
+attention, aten = "_scaled_dot_product_flash_attention", torch.ops.aten
+for end in ("", "_backward"):
+    flop_registry[getattr(aten, f"{attention}_for_cpu{end}")] = flop_registry[getattr(aten, attention + end)]
+
+
+class Phases(TorchDispatchMode):
+    """Seconds, operations and peak memory of each phase, without those of the phases inside it."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.operations, self.live, self.known = device, 0, 0, set()
+        self.table, self.phase, self.last = {"preparing": [0, 0, 0]}, "preparing", (time.perf_counter(), 0)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """For shapes alone: count operations, and follow the storage of every result until it is let go."""
+        result = function(*args, **kwargs or {})
+        if function.overloadpacket in flop_registry:
+            self.operations += flop_registry[function.overloadpacket](*args, **kwargs or {}, out_val=result)
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                finalize(storage, self.let_go, storage._cdata, storage.nbytes())
+        self.table[self.phase][2] = max(self.table[self.phase][2], self.live)
+        return result
+
+    def let_go(self, key, size):
+        self.known.discard(key)
+        self.live -= size
+
+    def enter(self, phase):
+        """Book what happened since the last call, go over to another phase and return the former."""
+        row, former = self.table[self.phase], self.phase
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+            row[2] = max(row[2], torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
+        now = time.perf_counter(), self.operations
+        row[:2] = [total + b - a for total, a, b in zip(row, self.last, now)]
+        self.phase, self.last = phase, now
+        self.table.setdefault(phase, [0, 0, 0])
+        return former
+
+    def booked(self, phase, function):
+        """The function, with what it uses booked under the name of a phase."""
+
+        def wrapper(*args, **options):
+            outer = self.enter(phase)
+            result = function(*args, **options)
+            self.enter(outer)
+            return result
+
+        return wrapper
