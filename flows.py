@@ -59,6 +59,8 @@ class Flow:
         if args.checkpointing:
             self.network.enable_gradient_checkpointing()
         if args.compile:  # the repeated blocks only, which starts sooner than the whole network
+            # kinds of blocks x gradient or not x LoRA on or off x sizes of batches
+            torch._dynamo.config.recompile_limit = 64
             for module in self.network.modules():
                 if type(module).__name__ in self.blocks:
                     module.compile()

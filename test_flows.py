@@ -357,6 +357,28 @@ def test_checkpointing_gives_the_same_gradient(folders, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_compiled_blocks_are_whole_graphs_with_the_same_images(folders, name, monkeypatch):
+    compiled, module_compile = [], torch.nn.Module.compile
+
+    def trace(module):  # without generating code, which takes minutes; a break in the graph is an error
+        compiled.append(module)
+        module_compile(module, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", trace)
+    grads, images = [], []
+    for compile in (False, True):
+        flow = make_flow(folders[name], steps=2, guidance=1, size="64", compile=compile)
+        lora, cond = random_lora(flow), torch.tensor([0, 1])
+        problem = Problem(flow.velocity, lambda x, cond: x.mean((1, 2, 3)), lora, flow.times, batch=4)
+        fdfo(problem, flow.noise([0, 1]), cond, torch.Generator().manual_seed(0), kl=0.1)
+        grads.append(torch.cat([p.grad.flatten() for p in lora.parameters]))
+        images.append(flow.images(cond, [0, 1]))
+    assert len(compiled) >= 3 and {type(module).__name__ for module in compiled} <= set(flow.blocks)
+    torch.testing.assert_close(*images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6 * grads[0].abs().max().item())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_train_and_sample_run_from_the_command_line(folders, name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
