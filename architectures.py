@@ -9,7 +9,11 @@ from flows import FAMILIES
 from rewards import Clip
 
 TURBO = diffusers.EulerDiscreteScheduler(
-    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing"
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    timestep_spacing="trailing",
+    steps_offset=1,
 )
 UNET_TOY = {"block_out_channels": (32, 32, 32, 32), "attention_head_dim": 2}
 SDXL_BLOCKS = {

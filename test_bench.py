@@ -1,0 +1,65 @@
+"""Tests: what bench.py counts.
+
+pytest -q test_bench.py
+"""
+
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import bench
+from phases import Phases
+
+
+def test_operations_and_live_memory_are_counted():
+    phases, n = Phases("cpu"), 1000
+    with phases, FakeTensorMode():
+        weight = torch.randn(n, n, requires_grad=True)
+
+        def product():
+            hidden = torch.randn(n, n) @ weight
+            return (hidden * hidden).sum()
+
+        loss = phases.booked("forward", product)()
+        phases.booked("backward", loss.backward)()
+        q = torch.randn(2, 3, 64, 16)
+        phases.booked("attention", torch.nn.functional.scaled_dot_product_attention)(q, q, q)
+    seconds, operations, peak = zip(*(phases.table[name] for name in ("forward", "backward", "attention")))
+    # 2 n^3 for a product, the same for the gradient of the weight; scores and sums of 64 x 64 at 2 x 16 each
+    assert operations == (2 * n**3, 2 * n**3, 2 * (2 * 3 * 64 * 64 * 16 * 2))
+    # the weight, the input, the hidden layer and its square; then no square, but the gradients of the rest
+    assert peak[0] == pytest.approx(4 * 4 * n**2, rel=1e-4)
+    assert 5 * 4 * n**2 * 0.999 < peak[1] < 7 * 4 * n**2
+    assert peak[2] < peak[1] and min(seconds) > 0
+
+
+def run(monkeypatch, capsys, *flags):
+    """What a phase costs a pair: {phase: [TFLOP, peak GiB, seconds if timed]}."""
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--smoke", "--size", "128", *flags])
+    bench.main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    phases = ("sampling", "decoding", "reward", "training")
+    return {line[0]: [float(a) for a in line[1:4]] for line in lines if line[0] in phases}
+
+
+@pytest.mark.parametrize("model", ["sd3.5", "sdxl-turbo", "flux-schnell"])
+def test_a_pair_costs_its_steps_and_no_more(model, monkeypatch, capsys):
+    options = ["--model", model, "--estimate", "--steps"]
+    one, two = run(monkeypatch, capsys, *options, "1"), run(monkeypatch, capsys, *options, "2")
+    half = run(monkeypatch, capsys, *options, "2", "--train-steps", "1")
+    rel = 1e-3  # they are printed to 4 digits
+    assert two["sampling"][0] == half["sampling"][0] == pytest.approx(2 * one["sampling"][0], rel=rel)
+    assert two["training"][0] == pytest.approx(2 * one["training"][0], rel=rel)
+    assert half["training"][0] == pytest.approx(one["training"][0], rel=rel)
+    assert one["decoding"][0] == two["decoding"][0] and one["reward"][0] == two["reward"][0]
+    # with frozen weights a backward costs a forward, attention and LoRA a little more; what comes before the
+    # first LoRA, in a UNet a good part, needs none
+    assert 1.5 * one["sampling"][0] < one["training"][0] < 2.6 * one["sampling"][0]
+
+
+def test_bench_times_real_tensors(monkeypatch, capsys):
+    real = run(monkeypatch, capsys, "--model", "sd-turbo", "--steps", "1", "--device", "cpu")
+    assert set(real) == {"sampling", "decoding", "reward", "training"}
+    assert all(len(row) == 3 and min(row) > 0 for row in real.values())
