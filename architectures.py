@@ -6,7 +6,7 @@ import diffusers
 import transformers
 
 from flows import FAMILIES
-from rewards import Clip
+from predictors import Clip
 
 TURBO = diffusers.EulerDiscreteScheduler(
     beta_start=0.00085,

@@ -44,10 +44,10 @@ def measure(args, device, fake):
             stack.enter_context(mock.patch("fdflow.random_seeds", lambda n, generator=None: list(range(n))))
         lora = LoRA(flow.network, attention_layers(flow.network), args.rank)
         flow.embeddings = [torch.randn(args.pairs, *shape, dtype=dtype) for shape in shapes]
-        text = torch.randn(1024, device=device, dtype=dtype)
+        text = torch.randn(1024, device=device)
 
         decode = phases.booked("decoding", flow.decode)
-        reward = phases.booked("reward", lambda images: (clip.embed_images(images) @ text).float())
+        reward = phases.booked("reward", lambda images: clip.embed_images(images) @ text)
         problem = Problem(flow.velocity, lambda x, cond: reward(decode(x)), lora, flow.times, args.batch)
         train = phases.booked("training", fdfo)
         with mock.patch("fdflow.roll_out", phases.booked("sampling", fdflow.roll_out)):

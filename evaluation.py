@@ -26,7 +26,7 @@ def joined(parts):
 def mean_and_error(values):
     """Mean and standard error of the finite numbers among values [N]."""
     values = values[values.isfinite()]
-    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
+    return values.mean().item(), (values.std() / math.sqrt(max(1, len(values)))).item()
 
 
 class Scorer:
@@ -48,12 +48,13 @@ class Scorer:
 class HeldOut:
     """Measures the model on prompts it is not trained on, two images each, always from the same noise.
 
-    Up to 128 of the last `count` prompts of the flow; every process measures its share of them.
+    Up to 128 of the last `count` prompts of the flow; every process measures its share of them. A person is
+    not asked here: with `human` in the reward only the watched rewards are measured.
     """
 
     def __init__(self, flow, count, reward, watched, embed, args):
         self.flow, self.reward, self.watched, self.embed = flow, reward, watched, embed
-        self.batch = args.batch
+        self.batch, self.base_images, self.base = args.batch, None, None
         total = len(flow.prompts)
         chosen = torch.linspace(total - count, total - 1, min(count, 128)).round().long()
         self.prompts = [flow.prompts[i] for i in chosen]
@@ -63,37 +64,56 @@ class HeldOut:
             raise UserError(f"{world} processes need at least as many held-out prompts, not {len(chosen)}")
         self.cond = chosen.tensor_split(world)[rank()].repeat_interleave(2)
         self.seeds = seeds.unflatten(0, (-1, 2)).tensor_split(world)[rank()].flatten().tolist()
-        self.base = self.base_R = None
 
     @torch.no_grad()
     def __call__(self):
         """Returns the first image of up to 48 prompts [P, 3, H, W] and a record of means and standard errors.
 
-        The first call measures the base model. Gain is the mean difference in reward to its image from the
-        same noise, drift the root mean square difference in pixels, diversity the mean cosine distance
-        between the CLIP embeddings of a prompt's two images.
+        The first call measures the base model. Gain and change are mean differences to its images from the
+        same noise, of the reward and of what is watched. Drift is the root mean square difference in pixels,
+        diversity the mean cosine distance between the CLIP embeddings of a prompt's two images.
         """
         images, parts = self.flow.images(self.cond, self.seeds, self.batch), []
-        if self.base is None:
-            self.base = images
+        if self.base_images is None:
+            self.base_images = images
         for i in range(0, len(images), self.batch):
             part = images[i : i + self.batch]
-            drift = (part - self.base[i : i + self.batch]).square().mean((1, 2, 3))
+            drift = (part - self.base_images[i : i + self.batch]).square().mean((1, 2, 3))
             prompts = [self.flow.prompts[c] for c in self.cond[i : i + self.batch]]
             part = part.to(self.flow.device)
-            terms = self.reward.measure(part, prompts)
+            terms = {} if "human" in self.reward.terms else self.reward.measure(part, prompts)
             terms |= {t.expression: t(part, prompts) for t in self.watched if t.expression not in terms}
             parts.append({"embedding": self.embed(part), "drift": drift, **terms})
         values = joined(parts)
         first, second = values.pop("embedding").unflatten(0, (-1, 2)).unbind(1)
-        drift, R = values.pop("drift"), self.reward.combine(values)
-        if self.base_R is None:
-            self.base_R = R
-        record = dict(zip(("held_out", "held_out_se"), mean_and_error(R)))
-        record |= dict(zip(("gain", "gain_se"), mean_and_error(R - self.base_R)))
-        record["watched"] = {name: mean_and_error(v)[0] for name, v in values.items()}
-        record["watched_se"] = {name: mean_and_error(v)[1] for name, v in values.items()}
-        record["diversity"] = 1 - (first * second).sum(1).mean().item()
-        record["drift"] = drift.mean().sqrt().item()
+        record = {"drift": values.pop("drift").mean().sqrt().item()}
+        R = None if "human" in self.reward.terms else self.reward.combine(values)
+        values["diversity"] = 1 - (first * second).sum(1)
+        self.base = self.base or (R, values)
+        if R is not None:
+            record |= statistics("held_out", R) | statistics("gain", R - self.base[0])
+        for name, part in (
+            ("watched", values),
+            ("change", {k: v - self.base[1][k] for k, v in values.items()}),
+        ):
+            record[name] = {k: mean_and_error(v)[0] for k, v in part.items()}
+            record[f"{name}_se"] = {k: mean_and_error(v)[1] for k, v in part.items()}
         pictures = joined([{"": (255 * images[::2][:48]).round().byte()}])[""]
         return pictures[:48] / 255, record
+
+
+def statistics(name, values):
+    """The mean of values under a name, and its standard error under the name with _se."""
+    return dict(zip((name, f"{name}_se"), mean_and_error(values)))
+
+
+def paid_with(record, trained):
+    """What a reward that rises is paid with: the watched names, none of them `trained`, that fell meanwhile.
+
+    Rises and falls count beyond three standard errors. One fall can be a matter of taste; two are a sign that
+    the reward is hacked, so fewer than two give an empty list.
+    """
+    if record.get("gain", 0) <= 3 * record.get("gain_se", 0):
+        return []
+    fallen = [k for k, v in record["change"].items() if k not in trained and v < -3 * record["change_se"][k]]
+    return fallen if len(fallen) > 1 else []

@@ -73,7 +73,7 @@ class LoRALinear(nn.Module):
         A, B = self.population or (self.A[None], self.B[None])
         members = x.reshape(len(A), -1, x.shape[-1])
         hidden, base = members @ A.to(x.dtype).mT, y.view(len(A), -1, y.shape[-1])
-        return torch.baddbmm(base, hidden, B.to(x.dtype).mT, alpha=self.scale).view(y.shape)
+        return torch.baddbmm(base, hidden, B.to(x.dtype).mT, alpha=self.scale).view_as(y)
 
 
 class LoRA:
@@ -245,8 +245,7 @@ def fdfo(problem, eps, cond, generator=None, churn=0.05, branches=2, train_steps
         if i > 0:
             step()
         for r in share:
-            # a group with a NaN among its rewards says nothing
-            dR = ((r["R"] - r["R"].mean(1, keepdim=True)) / unit).flatten().nan_to_num()
+            dR = ((r["R"] - r["R"].mean(1, keepdim=True)) / unit).flatten().nan_to_num()  # NaN: no say
             for weight, t, x, v_ref in r["steps"]:
                 v = problem.velocity(x, t, r["cond"])
                 dv = v - v_ref

@@ -55,7 +55,7 @@ def report(folder, metrics, reward):
     from matplotlib import pyplot as plt
 
     grids = sorted(Path(folder, "samples").glob("*.png"))
-    measured = [m for m in metrics if "held_out" in m]
+    measured = [m for m in metrics if "change" in m]
     x = [m["iteration"] for m in measured]
     figure, axes = plt.subplot_mosaic(
         [["before"] * 2 + ["after"] * 2, ["reward", "watched", "drift", "norm"]],
@@ -67,20 +67,19 @@ def report(folder, metrics, reward):
         axes[name].axis("off")
     trained = [m for m in metrics if "reward" in m]
     axes["reward"].plot([m["iteration"] for m in trained], [m["reward"] for m in trained], "C0", alpha=0.3)
-    low, high = ([m["held_out"] + sign * m["held_out_se"] for m in measured] for sign in (-1, 1))
-    axes["reward"].fill_between(x, low, high, color="C0", alpha=0.2)
-    axes["reward"].plot(x, [m["held_out"] for m in measured], "C0o-")
+    if "held_out" in measured[0]:
+        low, high = ([m["held_out"] + sign * m["held_out_se"] for m in measured] for sign in (-1, 1))
+        axes["reward"].fill_between(x, low, high, color="C0", alpha=0.2)
+        axes["reward"].plot(x, [m["held_out"] for m in measured], "C0o-")
     axes["reward"].set_title(f"{reward}: held-out ± s.e. (pale: training)")
-    for name in measured[0]["watched"]:
-        start = measured[0]["watched"][name]
-        axes["watched"].plot(x, [m["watched"][name] - start for m in measured], "o-", label=name)
+    for name, unit in measured[0]["watched_se"].items():
+        change = [m["change"][name] / (unit or 1) for m in measured]
+        axes["watched"].plot(x, change, "o-", label=f"{name} ({measured[-1]['change'][name]:+.2f})")
     axes["watched"].axhline(0, color="grey", lw=0.5)
-    axes["watched"].set_title("held-out rewards: change from the base model")
+    axes["watched"].set_title("held-out change, in the base model's s.e.")
     axes["watched"].legend()
-    axes["drift"].plot(x, [m["diversity"] for m in measured], "o-", label="diversity")
-    axes["drift"].plot(x, [m["drift"] for m in measured], "o-", label="drift from the base model")
-    axes["drift"].set_title("diversity and drift")
-    axes["drift"].legend()
+    axes["drift"].plot(x, [m["drift"] for m in measured], "o-")
+    axes["drift"].set_title("drift from the base model")
     axes["norm"].plot([m["iteration"] for m in trained], [m["grad_norm"] for m in trained])
     axes["norm"].set_title("gradient norm")
     for name in ("reward", "watched", "drift", "norm"):

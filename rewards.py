@@ -1,171 +1,34 @@
-"""Rewards: what the images are trained to be, as an expression over predictors, programs and your own code.
+"""Rewards: what the images are trained to be, as an expression over models, programs, services and people.
 
 A reward is any callable (images: float [B, 3, H, W] in [0, 1], prompts: list of B strings) -> [B] numbers,
-higher is better, no gradient needed. `Reward("clip - 0.1*jpeg_size")` combines them.
+higher is better, no gradient needed. `Reward("clip - 0.1*jpeg_size")` combines them. Some terms have options
+after colons: vlm:7b, vlm:"Is there a cat in it? Answer Yes or No."
 """
 
 import ast
-import functools
 import importlib.util
-import io
 import re
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-import transformers
-from huggingface_hub import hf_hub_download
-from PIL import Image
-from safetensors.torch import load_file
-from torch import nn
 
+import programs
 from errors import UserError, first_line
+from models import TINY
+from predictors import load_aesthetic, load_clip, load_ocr, load_pickscore, load_vlm
+from services import Http
 
-TINY = Path(__file__).resolve().parent / "tiny"
-
-
-# ---- programs
-
-
-def luma(images):
-    """Rec. 601 luma of [B, 3, H, W]: [B, H, W] in [0, 1]."""
-    return (images * images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)
-
-
-def brightness(images, prompts):
-    """Mean luma in percent, 0 (black) to 100 (white)."""
-    return 100 * luma(images).mean((1, 2))
-
-
-def sharpness(images, prompts):
-    """Variance of the Laplacian of the luma, in levels of 255 squared (Pech-Pacheco et al. 2000)."""
-    kernel = images.new_tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
-    return F.conv2d(255 * luma(images)[:, None], kernel[None, None]).var((1, 2, 3), correction=0)
-
-
-def colorfulness(images, prompts):
-    """M3 of Hasler and Süsstrunk 2003, "Measuring colourfulness in natural images": 0 (grey) to above 100."""
-    red, green, blue = (255 * images).unbind(1)
-    rg, yb = red - green, (red + green) / 2 - blue
-    spread = torch.sqrt(rg.var((1, 2), correction=0) + yb.var((1, 2), correction=0))
-    return spread + 0.3 * torch.sqrt(rg.mean((1, 2)) ** 2 + yb.mean((1, 2)) ** 2)
-
-
-def jpeg_size(images, prompts):
-    """Size as a JPEG file of quality 95, in kB of 1,000 bytes (DDPO, Black et al. 2023)."""
-    sizes = []
-    for image in (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy():
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "JPEG", quality=95)
-        sizes.append(file.tell() / 1000)
-    return torch.tensor(sizes)
-
-
-# ---- predictors
-
-
-class Clip:
-    """Image and text embeddings of a transformers CLIPModel, each of unit length."""
-
-    def __init__(self, model, tokenizer, processor):
-        self.model = model.eval().requires_grad_(False)
-        self.tokenizer, self.processor, self.last = tokenizer, processor, (None, None)
-
-    def pixels(self, images):
-        """What the model's own image processor makes of images [B, 3, H, W] in [0, 1], on their device."""
-        config = self.processor
-        if "shortest_edge" in config.size:
-            scale = config.size["shortest_edge"] / min(images.shape[2:])
-            size = [round(scale * side) for side in images.shape[2:]]
-        else:
-            size = [config.size["height"], config.size["width"]]
-        if size != list(images.shape[2:]):
-            for shape in ((images.shape[2], size[1]), size):  # PIL, too, clips after each of its two passes
-                images = F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)
-        if config.do_center_crop:
-            height, width = config.crop_size["height"], config.crop_size["width"]
-            top, left = (size[0] - height) // 2, (size[1] - width) // 2
-            images = images[:, :, top : top + height, left : left + width]
-        mean, std = (images.new_tensor(a).view(3, 1, 1) for a in (config.image_mean, config.image_std))
-        return (images - mean) / std
-
-    def embed_images(self, images):
-        """[B, D]. The last result is kept, since `clip` and `aesthetic` ask for the same one."""
-        if self.last[0] is not images:
-            pixels = self.pixels(images.to(self.model.device)).to(self.model.dtype)
-            self.last = (images, F.normalize(self.model.get_image_features(pixels).pooler_output, dim=-1))
-        return self.last[1]
-
-    @functools.lru_cache(maxsize=4096)  # noqa: B019
-    def embed_text(self, prompt):
-        """[D]."""
-        tokens = self.tokenizer([prompt], truncation=True, return_tensors="pt").to(self.model.device)
-        return F.normalize(self.model.get_text_features(**tokens).pooler_output, dim=-1)[0]
-
-    def __call__(self, images, prompts):
-        """CLIP score: 100 times the cosine of image and prompt (Hessel et al. 2021)."""
-        texts = torch.stack([self.embed_text(prompt) for prompt in prompts])
-        return 100 * (self.embed_images(images) * texts).sum(1)
-
-
-class Aesthetic:
-    """How much people like a picture, 0 to 10, from its CLIP embedding (LAION aesthetic predictor v2)."""
-
-    def __init__(self, clip, head):
-        self.clip = clip
-        self.head = head.to(clip.model.device).requires_grad_(False)
-
-    def __call__(self, images, prompts):
-        return self.head(self.clip.embed_images(images))[:, 0]
-
-
-def tiny_head(folder):
-    head = nn.Sequential(nn.Linear(128, 64), nn.GELU(), nn.Linear(64, 1))
-    head.load_state_dict(load_file(folder / "tiny-aesthetic" / "model.safetensors"))
-    return head
-
-
-def laion_head(path):
-    """The published head, linear throughout; its dropouts, without effect here, hold places 1, 3 and 5."""
-    widths = [(768, 1024), None, (1024, 128), None, (128, 64), None, (64, 16), (16, 1)]
-    head = nn.Sequential(*(nn.Linear(*width) if width else nn.Identity() for width in widths))
-    weights = torch.load(path, map_location="cpu", weights_only=True)
-    head.load_state_dict({key.removeprefix("layers."): w for key, w in weights.items()})
-    return head
-
-
-def pretrained(kind, path):
-    """`kind.from_pretrained(path)`, or a UserError of one line."""
-    try:
-        return kind.from_pretrained(path)
-    except OSError as error:
-        raise UserError(f"cannot reach {path}: check the network, or train --model tiny") from error
-
-
-@functools.cache
-def load_clip(tiny, device):
-    """The CLIP of a folder of tiny models, or where `tiny` is None the published ViT-L/14."""
-    path = tiny / "tiny-clip" if tiny else "openai/clip-vit-large-patch14"
-    parts = (transformers.CLIPModel, transformers.CLIPTokenizer, transformers.CLIPImageProcessor)
-    model, tokenizer, processor = (pretrained(part, path) for part in parts)
-    return Clip(model.to(device), tokenizer, processor)
-
-
-def load_aesthetic(tiny, device):
-    if tiny:
-        return Aesthetic(load_clip(tiny, device), tiny_head(tiny))
-    try:
-        path = hf_hub_download("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
-    except OSError as error:
-        raise UserError("cannot reach the aesthetic predictor: check the network") from error
-    return Aesthetic(load_clip(tiny, device), laion_head(path))
-
-
-# ---- your own code, and expressions
-
-PROGRAMS = {f.__name__: f for f in (brightness, sharpness, colorfulness, jpeg_size)}
-PREDICTORS = {"aesthetic": load_aesthetic, "clip": load_clip}
-KNOWN = [*PREDICTORS, *PROGRAMS]
+PROGRAMS = ("brightness", "sharpness", "colorfulness", "jpeg_size", "edge_density", "color_entropy")
+MODELS = {
+    "aesthetic": load_aesthetic,
+    "clip": load_clip,
+    "pickscore": load_pickscore,
+    "vlm": load_vlm,
+    "ocr": load_ocr,
+}
+KNOWN = ", ".join([*MODELS, *PROGRAMS, "human", "file.py:function", "http://..."])
+# the terms that are not Python: a service, a function in a file, a name with options
+TERM = re.compile(r'https?://[^\s*()]+|[\w./~-]+\.py:\w+|[A-Za-z]\w*(?::(?:"[^"]*"|[\w./-]+))+')
 
 
 def load_function(term):
@@ -187,21 +50,22 @@ def load_function(term):
 
 
 class Reward:
-    """An expression over rewards: names, numbers, + - * and parentheses, as "clip - 0.1*jpeg_size".
+    """An expression over rewards: terms, numbers, + - * and parentheses, as "clip - 0.1*jpeg_size".
 
-    `terms` maps each name to its callable; only what is named loads. tiny: a folder with tiny-clip and
-    tiny-aesthetic to use instead of the published models, or None. UserError if it does not parse.
+    `terms` maps the text of each to its callable; only what is named loads. tiny: a folder with tiny-clip and
+    tiny-aesthetic to use instead of the published models, or None. human: the callable of the term `human`,
+    where there is a person to ask. UserError if it does not parse.
     """
 
-    def __init__(self, expression, tiny=TINY, device="cpu"):
+    def __init__(self, expression, tiny=TINY, device="cpu", human=None):
         self.expression, paths = expression, {}
 
-        def as_name(match):  # "file.py:function" is not Python; a name of the same length keeps the columns
+        def as_name(match):  # a name of the same length, so that the columns stay
             name = f"term{len(paths)}".ljust(len(match[0]), "_")
             paths[name] = match[0]
             return name
 
-        text = re.sub(r"[\w./~-]+\.py:\w+", as_name, expression)
+        text = TERM.sub(as_name, expression)
         try:
             self.tree = ast.parse(text, mode="eval").body
         except SyntaxError as error:
@@ -213,8 +77,8 @@ class Reward:
         names = [node.id for node in sorted(nodes, key=lambda node: node.col_offset)]
         self.combine(dict.fromkeys(names, 0.0))  # finds what an expression may not have
         if not names:
-            raise UserError(f"reward {expression!r} names no reward; known: {', '.join(KNOWN)}")
-        self.terms = {name: load_term(name, tiny, device) for name in dict.fromkeys(names)}
+            raise UserError(f"reward {expression!r} names no reward; known: {KNOWN}")
+        self.terms = {name: load_term(name, tiny, device, human) for name in dict.fromkeys(names)}
 
     def combine(self, values):
         """The value of the expression for the values of its terms."""
@@ -247,15 +111,22 @@ class Reward:
         return self.combine(self.measure(images, prompts))
 
 
-def load_term(name, tiny, device):
-    """The callable behind one name of an expression."""
-    if ".py:" in name:
-        return load_function(name)
-    if name in PROGRAMS:
-        return PROGRAMS[name]
-    if name in PREDICTORS:
-        return PREDICTORS[name](tiny, device)
-    raise UserError(f"there is no reward {name!r}; known: {', '.join(KNOWN)}, file.py:function")
+def load_term(text, tiny, device, human):
+    """The callable behind one term of an expression."""
+    if text.startswith(("http://", "https://")):
+        return Http(text)
+    if ".py:" in text:
+        return load_function(text)
+    name, *options = (part.strip('"') for part in re.findall(r'"[^"]*"|[^:]+', text))
+    if name == "human" and not options:
+        if human is None:
+            raise UserError("reward human: only train.py with --estimator fdfo can ask a person")
+        return human
+    if name in PROGRAMS and not options:
+        return getattr(programs, name)
+    if name in MODELS and (name == "vlm" or not options):
+        return MODELS[name](tiny, device, *options)
+    raise UserError(f"there is no reward {text!r}; known: {KNOWN}")
 
 
 def checked(name, term, images, prompts):

@@ -71,7 +71,8 @@ def test_training_raises_the_reward_and_leaves_a_complete_folder(whole):
     assert records[-1]["gain"] > 5 * records[-1]["gain_se"]
     assert records[-1]["held_out"] - records[0]["held_out"] == pytest.approx(records[-1]["gain"], abs=1e-3)
     assert records[0]["drift"] == 0 < records[-1]["drift"] < 0.2
-    assert set(records[-1]["watched"]) == {"colorfulness", "aesthetic", "clip"}
+    watched = {"colorfulness", "aesthetic", "clip", "edge_density", "color_entropy", "diversity"}
+    assert set(records[-1]["watched"]) == set(records[-1]["change"]) == watched
     assert out.startswith("held-out colorfulness") and "sample.py --lora" in out and out.count("\n") == 1
     assert Image.open(folder / "report.png").size[0] > 1000
     assert Image.open(folder / "evolution.webp").n_frames == 3

@@ -1,22 +1,32 @@
-"""Tests of the rewards: closed forms, and what transformers itself computes.
+"""Tests of the rewards: closed forms, what transformers itself computes, a real server on this machine.
 
-pytest -q
+pytest -q test_rewards.py
 """
 
+import base64
 import io
+import json
 import math
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import requests
 import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
+from tokenizers import pre_tokenizers
 from torch import nn
 
-import rewards
+import predictors
 from errors import UserError
+from human import Human
 from rewards import Reward
+from services import Http
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE / "tiny"
@@ -44,6 +54,24 @@ def test_programs_have_their_closed_forms():
     assert Reward("sharpness")(board.float().expand(1, 3, 64, 64), [""]).item() == pytest.approx(1020**2)
 
 
+def test_edges_and_entropy_have_their_closed_forms():
+    half = grey(0.0, n=1)
+    half[..., 32:] = 1.0  # black and white: one bit, and a line of edges two pixels wide
+    flat, split = grey(0.3, n=1), torch.cat([half, grey(0.6, n=1)])
+    assert Reward("color_entropy")(flat, [""]).item() == 0
+    assert Reward("color_entropy")(split, [""] * 2).tolist() == pytest.approx([1, 0])
+    assert Reward("edge_density")(split, [""] * 2).tolist() == pytest.approx([100 * 2 / 62, 0])
+    # a slope of 0.1 a pixel is just not an edge, of 0.11 it is, along either side
+    for slope, percent in ((0.099, 0), (0.101, 100)):
+        ramp = (slope * torch.arange(8.0)).expand(1, 3, 8, 8)
+        assert Reward("edge_density")(ramp, [""]).item() == percent
+        assert Reward("edge_density")(ramp.mT, [""]).item() == percent
+    # every one of 512 colours once, in 9 bits
+    levels = (torch.arange(8) + 0.5) / 8
+    colours = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 16, 32)
+    assert Reward("color_entropy")(colours, [""]).item() == pytest.approx(9)
+
+
 def test_jpeg_size_is_that_of_the_file():
     noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     pixels = Image.fromarray((noise[0].permute(1, 2, 0) * 255).round().byte().numpy())
@@ -61,7 +89,7 @@ def test_preprocessing_is_that_of_transformers(size, shape):
     processor = transformers.CLIPImageProcessor(
         size=size, crop_size={"height": crop, "width": crop}, do_center_crop="shortest_edge" in size
     )
-    clip = rewards.Clip.__new__(rewards.Clip)
+    clip = predictors.Clip.__new__(predictors.Clip)
     clip.processor = processor
     smooth = torch.rand(1, 3, 20, 20, generator=torch.Generator().manual_seed(0))
     pixels = (F.interpolate(smooth, shape, mode="bicubic").clamp(0, 1) * 255).round().byte()
@@ -91,6 +119,237 @@ def test_clip_score_is_that_of_transformers():
     )
 
 
+def test_pickscore_is_the_formula_of_its_model(monkeypatch):
+    asked, pretrained = [], predictors.pretrained
+
+    def local(kind, path, **options):
+        asked.append(path)
+        return pretrained(kind, TINY / "tiny-clip", **options)
+
+    monkeypatch.setattr(predictors, "pretrained", local)
+    images, prompts = (torch.rand(2, 3, 64, 64) * 255).round() / 255, ["red apple", "robot"]
+    reward = Reward("pickscore", tiny=None)
+    assert asked == ["yuvalkirstain/PickScore_v1"] + ["laion/CLIP-ViT-H-14-laion2B-s32B-b79K"] * 2
+    clip = reward.terms["pickscore"]
+    tokens = clip.tokenizer(prompts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        # the model card's formula, scale x normalised text @ normalised image, is that of the model's logits
+        logits = clip.model(pixel_values=clip.pixels(images), **tokens).logits_per_text.diagonal()
+    torch.testing.assert_close(reward(images, prompts), logits, rtol=1e-4, atol=1e-4)
+
+
+# ---- a vision-language model
+
+
+TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>
+{% endfor %}{{ '<|im_start|>assistant\n' }}"""  # noqa: E501
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A folder with a small random Qwen2.5-VL, its tokenizer and its image processor."""
+    folder = tmp_path_factory.mktemp("qwen")
+    vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges = [("Y", "e"), ("Ye", "s"), ("N", "o")]
+    vocab |= {a + b: len(vocab) + i for i, (a, b) in enumerate(merges)}
+    tokenizer = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges, chat_template=TEMPLATE)
+    marks = [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    ]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    start, end, image, video = tokenizer.convert_tokens_to_ids(marks[2:])
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": rope}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
+    vision |= {"fullatt_block_indexes": [1], "window_size": 56}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, image_token_id=image, video_token_id=video,
+        vision_start_token_id=start, vision_end_token_id=end,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    for p in model.parameters():  # or all answers are alike
+        p.data += 0.1 * torch.randn(p.shape)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    transformers.Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 9).save_pretrained(folder)
+    return folder
+
+
+def test_vlm_is_the_probability_of_yes_over_no(qwen):
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    prompts = ["sun", "a robot that waters red and yellow tulips", "red apple"]
+    reward = Reward(f"vlm:{qwen}")
+    together = reward(images, prompts)
+    vlm = reward.terms[f"vlm:{qwen}"]
+    for image, prompt, R in zip(images, prompts, together):
+        # one by one, without padding, by hand: 64 pixels become 56, 4 x 4 patches of 14, merged by 2 x 2
+        picture = Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy())
+        vision = vlm.image_processor([picture], return_tensors="pt")
+        text = (
+            "<|im_start|>user\n<|vision_start|>" + 4 * "<|image_pad|>" + "<|vision_end|>"
+            f'Does this image match the caption "{prompt}"? Answer Yes or No.<|im_end|>\n'
+            "<|im_start|>assistant\n"
+        )  # fmt: skip
+        tokens = vlm.tokenizer([text], return_tensors="pt")
+        with torch.no_grad():
+            logits = vlm.model(**tokens, **vision).logits[0, -1]
+        yes, no = (logits[vlm.tokenizer.convert_tokens_to_ids(word)] for word in ("Yes", "No"))
+        assert R.item() == pytest.approx(100 * (yes.exp() / (yes.exp() + no.exp())).item(), abs=1e-2)
+        # neither the others nor the padding matter
+        assert reward(image[None], [prompt]).item() == pytest.approx(R.item(), abs=1e-2)
+    assert together.std() > 0.1 and together.min() > 0 and together.max() < 100
+
+
+def test_vlm_takes_a_question_of_ones_own(qwen):
+    images = torch.rand(2, 3, 64, 64)
+    about = Reward(f'2*vlm:{qwen}:"Is there a {{prompt}} in it? (Yes + No) - {{x}}"')
+    R = about(images, ["cat", "dog"])
+    (term,) = about.terms.values()
+    assert term.question == "Is there a {prompt} in it? (Yes + No) - {x}"
+    term.question = "Is there a cat in it? (Yes + No) - {x}"
+    assert about(images, ["", ""])[0].item() == pytest.approx(R[0].item(), abs=1e-2)
+    assert about(images, ["", ""])[1].item() != pytest.approx(R[1].item(), abs=1e-2)
+    with pytest.raises(UserError, match="cannot reach Qwen/Qwen2.5-VL-7B-Instruct"):
+        Reward("vlm:7b")
+
+
+def test_ocr_counts_wrong_letters():
+    for a, b, distance in (("kitten", "sitting", 3), ("", "abc", 3), ("abc", "", 3), ("same", "same", 0)):
+        assert predictors.edit_distance(a, b) == distance
+    texts = iter([("Open", "today"), ("opne", "TODAY"), None, ("anything",)])
+    ocr = predictors.Ocr(lambda pixels: SimpleNamespace(txts=next(texts)))
+    R = ocr(grey(0.5, n=4), ['a shop sign "OPEN Today"'] * 3 + ["no text"])
+    assert R[:3].tolist() == pytest.approx([1, 1 - 2 / 9, 0]) and R[3].isnan()
+
+
+# ---- services and people
+
+
+class Service(BaseHTTPRequestHandler):
+    """Answers as the path says: the mean of each image, or what goes wrong with services."""
+
+    def do_POST(self):
+        mode, asked = self.path.strip("/"), self.server.asked
+        asked.append(mode)
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        files = [io.BytesIO(base64.b64decode(image)) for image in body["images"]]
+        R = [sum(Image.open(file).resize((1, 1)).getpixel((0, 0))) / 765 for file in files]
+        if mode == "prompts":
+            R = [len(prompt) for prompt in body["prompts"]]
+        if mode == "slow":
+            time.sleep(1)
+        status = {"broken": 500, "missing": 404, "redirect": 302}.get(mode, 200)
+        if mode == "twice-down" and len(asked) <= 2:
+            status = 503
+        wrong = {"short": R[1:], "text": "high", "words": ["a"] * len(R), "nan": [float("nan")] * len(R)}
+        text = "{" if mode == "garbled" else json.dumps(wrong.get(mode, R)) + " " * (10**7 * (mode == "huge"))
+        self.send_response(status)
+        if mode == "redirect":
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/mean")
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *args):
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Service)
+    server.handle_error = lambda *args: None  # of a caller who does not wait for the answer
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_a_service_scores_images(server):
+    server.asked, url = [], f"http://127.0.0.1:{server.server_port}"
+    images = torch.stack([torch.full((3, 16, 16), level) for level in (0.0, 0.2, 1.0)])
+    assert Reward(f"{url}/mean")(images, [""] * 3).tolist() == pytest.approx([0, 0.2, 1])
+    assert Reward(f"2*{url}/prompts - 1")(images, ["", "a", "ab"]).tolist() == [-1, 1, 3]
+    assert Reward(f"{url}/nan")(images, [""] * 3).isnan().all()
+
+
+@pytest.mark.parametrize(
+    "mode, asked, complaint",
+    [
+        ("twice-down", 3, None),
+        ("slow", 3, "did not answer, 3 times: .*timed out"),
+        ("broken", 3, "did not answer, 3 times: 500"),
+        ("missing", 1, "answered with status 404"),
+        ("redirect", 1, "answered with status 302"),
+        ("huge", 1, "more than 1000000 bytes"),
+        ("garbled", 1, "did not answer with JSON"),
+        ("text", 1, "must answer with a list of numbers, not str"),
+        ("words", 1, "must return numbers, not list"),
+        ("short", 1, r"must return \[2\] numbers, not \[1\]"),
+    ],
+)
+def test_services_that_fail_are_asked_again_or_named(server, mode, asked, complaint):
+    server.asked, url = [], f"http://127.0.0.1:{server.server_port}/{mode}"
+    reward = Reward(url)
+    reward.terms[url] = Http(url, timeout=0.3, attempts=3, pause=0.01)
+    if complaint is None:
+        assert reward(grey(0.2), ["", ""]).tolist() == pytest.approx([0.2, 0.2])
+    else:
+        with pytest.raises(UserError, match=complaint) as error:
+            reward(grey(0.2), ["", ""])
+        assert url in str(error.value) and "\n" not in str(error.value)
+    assert server.asked == [mode] * asked
+
+
+def test_a_service_that_is_down_is_named():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Service) as server:
+        url = f"http://127.0.0.1:{server.server_port}/"
+    start = time.time()
+    with pytest.raises(UserError, match="did not answer, 3 times"):
+        Http(url, attempts=3, pause=0.1)(grey(0.2), ["", ""])
+    assert time.time() - start > 0.1 + 0.2
+
+
+def test_a_person_is_asked_once_and_waited_for(tmp_path):
+    images = torch.rand(6, 3, 8, 8)
+    prompts, results = ["sun", "sun", "moon", "moon", "star", "star"], []
+    for round in range(2):
+        human = Human(branches=2, groups=3)
+        url = human.open(tmp_path)
+        thread = threading.Thread(target=lambda: results.append(human(images, prompts)), daemon=True)  # noqa: B023
+        thread.start()
+        for choice in (0, None, 1) if round == 0 else ():
+            answer = requests.get(url + "group")
+            while answer.status_code == 204:
+                answer = requests.get(url + "group")
+            group = answer.json()
+            assert thread.is_alive() and len(group["images"]) == 2 and group["total"] == 3
+            wrong = {"key": group["key"], "choice": 2}
+            assert requests.post(url + "answer", json=wrong).status_code == 204  # and nothing happens
+            assert requests.get(url + "group").json() == group
+            good = json.dumps({"key": group["key"], "choice": choice})
+            # a form of another page, and a name from elsewhere
+            assert requests.post(url + "answer", data=good).status_code == 403
+            assert requests.get(url, headers={"Host": "evil.example"}).status_code == 403
+            for _ in range(2):  # the second comes too late
+                requests.post(url + "answer", data=good, headers={"Content-Type": "application/json"})
+        thread.join(timeout=10)
+    # the second round had all answers from the file
+    assert [R.tolist() for R in results] == [[1, 0, 0.5, 0.5, 0, 1]] * 2
+    lines = [json.loads(line) for line in (tmp_path / "preferences.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["sun", "moon", "star"]
+    assert [line["choice"] for line in lines] == [0, None, 1]
+    picture = Image.open(tmp_path / "preferences" / f"{lines[0]['key']}.png")
+    assert picture.size == (16, 8)
+    with pytest.raises(UserError, match="only train.py"):
+        Reward("human")
+
+
 def test_aesthetic_head_reads_the_published_layout(tmp_path):
     widths = {0: (768, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
     linears = {i: nn.Linear(*width) for i, width in widths.items()}
@@ -102,7 +361,7 @@ def test_aesthetic_head_reads_the_published_layout(tmp_path):
     expected = x
     for linear in linears.values():
         expected = linear(expected)
-    torch.testing.assert_close(rewards.laion_head(tmp_path / "aesthetic-model.pth")(x), expected)
+    torch.testing.assert_close(predictors.laion_head(tmp_path / "aesthetic-model.pth")(x), expected)
 
 
 def test_expressions_are_arithmetic(tmp_path):

@@ -21,12 +21,14 @@ from tqdm import tqdm
 
 from adapters import attention_layers
 from errors import UserError, run
-from evaluation import HeldOut, Scorer, joined, mean_and_error, rank
+from evaluation import HeldOut, Scorer, joined, paid_with, rank, statistics
 from fdflow import LoRA, Problem, central_difference, fdfo, random_seeds, spsa
 from flows import load_flow
+from human import Human
 from models import TINY
 from pictures import animate, grid, report, save_picture
-from rewards import Reward, load_clip
+from predictors import load_clip
+from rewards import Reward
 from runs import (
     append_metrics,
     catch_interrupt,
@@ -41,6 +43,7 @@ from runs import (
 )
 from sample import Parser, add_model_arguments, fill_defaults, number, read_prompts
 
+WATCHED = "aesthetic,clip,edge_density,color_entropy"
 # what suits each estimator where the command line is silent; the model says the rest
 ESTIMATORS = {
     "fdfo": {"iterations": 100, "pairs": 32},
@@ -53,7 +56,7 @@ def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--reward", default="aesthetic", help='an expression as "clip - 0.1*jpeg_size" (default aesthetic)')
-    add("--watch", default="aesthetic,clip", help="rewards to measure, not train (default aesthetic,clip)")
+    add("--watch", default=WATCHED, help=f"rewards to measure, not train (default {WATCHED})")
     add("--prompts", metavar="FILE", help="a prompt a line, every tenth held out (default: emoji names)")
     add("--estimator", default="fdfo", help=f"{', '.join(ESTIMATORS)} (default fdfo)")
     add("--iterations", type=number(int, 1), help="roll-outs (default: fdfo 100, spsa 20, central 30)")
@@ -155,25 +158,41 @@ def make_estimator(args, step):
     return partial(fdfo, step=step, **settings)
 
 
-def show(bar, records):
-    """Reward and held-out reward in the progress bar; a warning where rewards were not numbers."""
-    held_out = [record["held_out"] for record in records if "held_out" in record][-1]
-    bar.set_postfix_str(f"reward {records[-1]['reward']:.2f}, held-out {held_out:.2f}")
-    if records[-1]["not_finite"]:
+def show(bar, records, trained):
+    """Reward and held-out reward in the progress bar; warnings if rewards are no numbers, or are hacked."""
+    last = records[-1]
+    held_out = [f"{record['held_out']:.2f}" for record in records if "held_out" in record][-1:]
+    bar.set_postfix_str(", held-out ".join([f"reward {last['reward']:.2f}", *held_out]))
+    if last["not_finite"]:
         total = sum(record.get("not_finite", 0) for record in records)
-        tqdm.write(f"warning: {total} rewards so far were no finite numbers; their groups were dropped")
+        tqdm.write(
+            f"warning: {total} rewards so far were no finite numbers; their groups were dropped", sys.stderr
+        )
+    if fallen := paid_with(last, trained):
+        falls = ", ".join(
+            f"{name} {last['change'][name]:+.2f} ± {last['change_se'][name]:.2f}" for name in fallen
+        )
+        tqdm.write(
+            f"warning: the reward rose {last['gain']:.2f}, but at the cost of {falls}; "
+            "it may be hacked: look at the samples, stop earlier, or raise --kl",
+            sys.stderr,
+        )
 
 
 def finish(folder, records, args):
     """Draw the pictures of the run and say in one line what was gained."""
     animate(folder)
     report(folder, records, args.reward)
-    first, last = ([r for r in records if "held_out" in r][i] for i in (0, -1))
+    first, last = ([r for r in records if "change" in r][i] for i in (0, -1))
     seconds = sum(record.get("seconds", 0) for record in records)
-    before, after = (f"{r['held_out']:.2f} ± {r['held_out_se']:.2f}" for r in (first, last))
+    if "gain" in last:
+        before, after = (f"{r['held_out']:.2f} ± {r['held_out_se']:.2f}" for r in (first, last))
+        gained = f"{before} -> {after} (gain {last['gain']:.2f} ± {last['gain_se']:.2f})"
+    else:
+        gained = ", ".join(f"{k} {v:+.2f} ± {last['change_se'][k]:.2f}" for k, v in last["change"].items())
     print(
-        f"held-out {args.reward} {before} -> {after} (gain {last['gain']:.2f} ± {last['gain_se']:.2f}), "
-        f"{last['images']} images, {seconds:.0f} s; see {folder / 'report.png'} and try: "
+        f"held-out {args.reward} {gained}, {last['images']} images, {seconds:.0f} s; "
+        f"see {folder / 'report.png'} and try: "
         f'python sample.py --lora {folder} --compare --prompt "red apple"'
     )
 
@@ -185,7 +204,9 @@ def main():
     flow = load_flow(model, args, prompts + held_prompts)
     beside = Path(model.path).parent
     tiny = beside if (beside / "tiny-clip").is_dir() else None
-    reward = Reward(args.reward, tiny, args.device)
+    alone = args.estimator == "fdfo" and not dist.is_initialized()
+    human = Human(args.branches, args.pairs) if alone else None
+    reward = Reward(args.reward, tiny, args.device, human)
     watched = [Reward(term, tiny, args.device) for term in args.watch.split(",") if term.strip()]
     layers = attention_layers(flow.network, few=args.estimator != "fdfo")
     lora = LoRA(flow.network, layers, args.rank, args.alpha, torch.Generator().manual_seed(args.seed))
@@ -204,6 +225,9 @@ def main():
     elif first:
         folder = new_folder(args)
     records = records or [{"iteration": 0, "images": 0, **base}]
+    if "human" in reward.terms:
+        args.save_every = 1  # nobody likes to be asked twice
+        print(f"compare the images at {human.open(folder)}", flush=True)
     if first:
         write_config(folder, args)
         write_metrics(folder, records)
@@ -238,8 +262,8 @@ def main():
         values = problem.reward.take()
         R = reward.combine(values)
         record = {"iteration": iteration, "images": records[-1]["images"] + made}
-        record["reward"], record["reward_se"] = mean_and_error(R)
-        record["terms"] = {name: mean_and_error(v)[0] for name, v in values.items()}
+        record |= statistics("reward", R)
+        record["terms"] = {k: {"mean": v.nanmean().item(), "std": v.std().item()} for k, v in values.items()}
         record |= {"not_finite": R.isnan().sum().item(), "grad_norm": norm}
         record |= {"seconds": round(time.time() - start, 3), "memory_mb": peak_memory(args.device)}
         last = iteration == args.iterations
@@ -255,7 +279,7 @@ def main():
                 save_picture(grid(pictures, held_out.prompts, 8), folder / "samples" / f"{iteration:06}.png")
             if iteration % args.save_every == 0 or last or stop:
                 save_state(folder, iteration, flow.part, lora, optimizer)
-            show(bar, records)
+            show(bar, records, reward.terms)
         if stop and not last:
             bar.close()
             if first:
