@@ -14,13 +14,15 @@ def rank():
 
 
 def joined(parts):
-    """[{name: [n, ...]}, ...] to {name: [N, ...]} on the CPU, from all processes in their order."""
-    values = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
-    if not dist.is_initialized():
-        return values
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, values)
-    return {name: torch.cat([values[name] for values in everyone]) for name in values}
+    """[{name: [n, ...]}, ...] to {name: [N, ...]} on the CPU, from all processes in their order.
+
+    The first process has parts; another may have none, if there was too little to share.
+    """
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, [{name: v.cpu() for name, v in part.items()} for part in parts])
+        parts = sum(everyone, [])
+    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
 
 def mean_and_error(values):

@@ -35,6 +35,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message):
+        if "expected one argument" in message:
+            message += "; where it begins with a minus, put an equals sign before: --reward=-jpeg_size"
         self.exit(2, f"{self.prog}: {message}\n")
 
 

@@ -44,7 +44,7 @@ def run(monkeypatch, capsys, *flags):
     return {line[0]: [float(a) for a in line[1:4]] for line in lines if line[0] in phases}
 
 
-@pytest.mark.parametrize("model", ["sd3.5", "sdxl-turbo", "flux-schnell"])
+@pytest.mark.parametrize("model", ["sd3.5", "flux-schnell"])
 def test_a_pair_costs_its_steps_and_no_more(model, monkeypatch, capsys):
     options = ["--model", model, "--estimate", "--steps"]
     one, two = run(monkeypatch, capsys, *options, "1"), run(monkeypatch, capsys, *options, "2")
@@ -54,9 +54,8 @@ def test_a_pair_costs_its_steps_and_no_more(model, monkeypatch, capsys):
     assert two["training"][0] == pytest.approx(2 * one["training"][0], rel=rel)
     assert half["training"][0] == pytest.approx(one["training"][0], rel=rel)
     assert one["decoding"][0] == two["decoding"][0] and one["reward"][0] == two["reward"][0]
-    # with frozen weights a backward costs a forward, attention and LoRA a little more; what comes before the
-    # first LoRA, in a UNet a good part, needs none
-    assert 1.5 * one["sampling"][0] < one["training"][0] < 2.6 * one["sampling"][0]
+    # with frozen weights a backward costs a forward, attention and LoRA a little more
+    assert 1.8 * one["sampling"][0] < one["training"][0] < 2.6 * one["sampling"][0]
 
 
 def test_bench_times_real_tensors(monkeypatch, capsys):

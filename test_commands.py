@@ -3,12 +3,16 @@
 pytest -q
 """
 
+import base64
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +23,9 @@ from safetensors.torch import load_file
 
 import errors
 import sample
+import services
 import train
+from evaluation import paid_with
 
 HERE = Path(__file__).resolve().parent
 SHORT = ["--reward", "colorfulness", "--pairs", "8", "--steps", "2", "--lr", "2e-3", "--eval-every", "4"]
@@ -123,6 +129,74 @@ def test_interrupted_run_saves_and_exits_130(tmp_path):
     assert torch.load(folder / "state.pt", weights_only=True)["iteration"] == metrics(folder)[-1]["iteration"]
 
 
+def test_a_service_that_goes_down_loses_nothing(tmp_path, monkeypatch, capsys):
+    def serve(requests):
+        """A service that scores every image with its brightness, for a number of requests, then is broken."""
+
+        class Service(BaseHTTPRequestHandler):
+            left = requests
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                images = [Image.open(io.BytesIO(base64.b64decode(image))) for image in body["images"]]
+                Service.left -= 1
+                self.send_response(200 if Service.left >= 0 else 500)
+                self.end_headers()
+                self.wfile.write(json.dumps([sum(image.histogram()[:128]) for image in images]).encode())
+
+            def log_message(self, *args):
+                """Say nothing."""
+
+        server = ThreadingHTTPServer(("127.0.0.1", 8766), Service)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return server
+
+    def run():
+        with pytest.raises(SystemExit) as stop:
+            errors.run(train.main)
+            sys.exit(0)
+        return stop.value.code
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "catch_interrupt", list)
+    monkeypatch.setattr(services.Http.__init__, "__defaults__", (5, 2, 0.01, 10**6))
+    (tmp_path / "prompts.txt").write_text("sun\nrobot")
+    small = "--prompts prompts.txt --pairs 2 --steps 2 --iterations 4 --watch brightness --name x"
+    command = ["train.py", "--reward", "http://127.0.0.1:8766/score", *small.split()]
+    monkeypatch.setattr(sys, "argv", command)
+    server = serve(3)  # the base model, two iterations, and no more
+    assert run() == 2
+    server.shutdown()
+    server.server_close()
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "http://127.0.0.1:8766/score did not answer, 2 times: 500" in err
+    assert torch.load(tmp_path / "runs" / "x" / "state.pt", weights_only=True)["iteration"] == 2
+    server = serve(100)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--name", "x", "--resume"])
+    assert run() == 0
+    server.shutdown()
+    server.server_close()
+    assert [record["iteration"] for record in metrics(tmp_path / "runs" / "x")] == [0, 1, 2, 3, 4]
+
+
+def test_a_hacked_reward_is_called_out(tmp_path):
+    args = "--reward brightness --kl 0 --pairs 16 --steps 2 --lr 2e-3 --iterations 8 --eval-every 8"
+    code, out, err = command("train.py", *args.split(), cwd=tmp_path)
+    assert code == 0 and "warning: the reward rose" in err and "clip -" in err and "may be hacked" in err
+
+
+def test_what_a_reward_is_paid_with_are_two_falls_beyond_three_errors():
+    def record(gain, **change):
+        errors = dict.fromkeys(change, 1.0)
+        return {"gain": gain, "gain_se": 1.0, "change": change, "change_se": errors}
+
+    assert paid_with(record(4, a=-4.0, b=-3.1, c=5.0), {}) == ["a", "b"]
+    assert paid_with(record(4, a=-4.0, b=-2.9), {}) == []
+    assert paid_with(record(2, a=-4.0, b=-4.0), {}) == []  # nothing was gained
+    assert paid_with(record(4, a=-4.0, b=-4.0), {"a": None}) == []  # a is part of what is trained
+    assert paid_with({"reward": 1.0}, {}) == []  # nothing was measured
+
+
 def test_sample_compares_a_run_with_its_base(whole, tmp_path):
     code, out, err = command(
         "sample.py", "--prompt", "red apple", "--prompt", "robot", "--n", 3, "--lora", whole[0], "--compare",
@@ -148,6 +222,8 @@ def test_other_estimators_run_from_the_same_command_line(estimator, tmp_path):
 
 BAD = {
     "--reward nonsense": "known: aesthetic, clip",
+    "--reward human --estimator spsa": "only train.py with --estimator fdfo",
+    "--watch nonsense": "known: aesthetic, clip",
     "--reward brightness**2": "column 1",
     "--reward broken.py:f": "broken.py:f raised ValueError: no luck",
     "--reward short.py:f": "must return [64] numbers, not [1]",
@@ -158,9 +234,11 @@ BAD = {
     "--prompts missing.txt": "no prompt file missing.txt",
     "--prompts empty.txt": "empty.txt is empty",
     "--prompts picture.bin": "picture.bin is not a text file",
+    "--reward -jpeg_size": "--reward=-jpeg_size",
     "--iterations 0": "0 is not between 1 and",
     "--churn -1": "-1 is not between",
     "--lr fast": "invalid float value: 'fast'",
+    "--size large": "large is not a size as 512 or 768x512",
     "--size 100": "multiples of 8 pixels up to 64",
     "--name taken": "choose another --name",
     "--resume": "--name",

@@ -356,7 +356,7 @@ def test_checkpointing_gives_the_same_gradient(folders, name):
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6 * grads[0].abs().max().item())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["sd3", "flux-schnell", "sd-turbo"])
 def test_compiled_blocks_are_whole_graphs_with_the_same_images(folders, name, monkeypatch):
     compiled, module_compile = [], torch.nn.Module.compile
 

@@ -54,50 +54,35 @@ ESTIMATORS = {
 
 def parse_args():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, whole, positive = parser.add_argument, number(int, 1), number(float, 1e-6)
     add("--reward", default="aesthetic", help='an expression as "clip - 0.1*jpeg_size" (default aesthetic)')
     add("--watch", default=WATCHED, help=f"rewards to measure, not train (default {WATCHED})")
     add("--prompts", metavar="FILE", help="a prompt a line, every tenth held out (default: emoji names)")
     add("--estimator", default="fdfo", help=f"{', '.join(ESTIMATORS)} (default fdfo)")
-    add("--iterations", type=number(int, 1), help="roll-outs (default: fdfo 100, spsa 20, central 30)")
+    add("--iterations", type=whole, help="roll-outs (default: fdfo 100, spsa 20, central 30)")
     add("--seed", type=number(int, 0), default=0, help="of everything random (default 0)")
     add_model_arguments(parser)
-    add("--pairs", type=number(int, 1), help="noises an iteration (default: fdfo 32, spsa 128, central 2)")
+    add("--pairs", type=whole, help="noises an iteration (default: fdfo 32, spsa 128, central 2)")
     add("--branches", type=number(int, 2), default=2, help="fdfo: images from each noise (default 2)")
-    add(
-        "--churn",
-        type=number(float, 1e-6, 10),
-        help="fdfo: how far they part (default: tiny 0.05, SD3.5 0.0025)",
-    )
-    add(
-        "--train-steps",
-        type=number(int, 1),
-        help="fdfo: random steps trained (default: tiny 2, SD3.5 10 of 40)",
-    )
-    add(
-        "--clip",
-        type=number(float, 1e-6),
-        default=0.03,
-        help="fdfo: width of the trust region (default 0.03)",
-    )
-    add("--updates", type=number(int, 1), default=1, help="fdfo: optimiser steps per roll-out (default 1)")
+    add("--churn", type=positive, help="fdfo: how far they part (default: tiny 0.05, SD3.5 0.0025)")
+    add("--train-steps", type=whole, help="fdfo: random steps trained (default: tiny 2, SD3.5 10 of 40)")
+    add("--clip", type=positive, default=0.03, help="fdfo: width of the trust region (default 0.03)")
+    add("--updates", type=whole, default=1, help="fdfo: optimiser steps per roll-out (default 1)")
     add("--kl", type=number(float, 0), help="fdfo: pull to the base model (default: tiny 1, others 0)")
-    add("--h", type=number(float, 1e-6), help="parameter step (default: spsa 0.02, central 0.1)")
-    add("--directions", type=number(int, 1), default=16, help="spsa: directions an iteration (default 16)")
-    add(
-        "--coordinates", type=number(int, 1), default=32, help="central: parameters an iteration (default 32)"
-    )
+    add("--h", type=positive, help="parameter step (default: spsa 0.02, central 0.1)")
+    add("--directions", type=whole, default=16, help="spsa: directions an iteration (default 16)")
+    add("--coordinates", type=whole, default=32, help="central: parameters an iteration (default 32)")
     add("--lr", type=number(float, 0, 1), help="of AdamW (default: the model's; spsa 0.01, central 0.02)")
-    add("--rank", type=number(int, 1), help="of the LoRA (default: tiny 8, others 32; spsa and central 1)")
+    add("--rank", type=whole, help="of the LoRA (default: tiny 8, others 32; spsa and central 1)")
     add(
         "--alpha",
-        type=number(float, 1e-6),
-        help="scales the LoRA by alpha / rank (default: tiny 1, others 2 ranks)",
+        type=positive,
+        help="scales the LoRA by alpha / rank (default: tiny the rank, others twice)",
     )
     add("--name", help="of the run (default: made from the reward)")
     add("--out", default="runs", help="folder of the runs (default runs)")
-    add("--eval-every", type=number(int, 1), default=20, help="iterations between evaluations (default 20)")
-    add("--save-every", type=number(int, 1), default=10, help="iterations between checkpoints (default 10)")
+    add("--eval-every", type=whole, default=20, help="iterations between evaluations (default 20)")
+    add("--save-every", type=whole, default=10, help="iterations between checkpoints (default 10)")
     add("--resume", action="store_true", help="go on with the run --name")
     args = parser.parse_args()
     if args.resume:
@@ -263,7 +248,8 @@ def main():
         R = reward.combine(values)
         record = {"iteration": iteration, "images": records[-1]["images"] + made}
         record |= statistics("reward", R)
-        record["terms"] = {k: {"mean": v.nanmean().item(), "std": v.std().item()} for k, v in values.items()}
+        values = {name: v[v.isfinite()] for name, v in values.items()}
+        record["terms"] = {k: {"mean": v.mean().item(), "std": v.std().item()} for k, v in values.items()}
         record |= {"not_finite": R.isnan().sum().item(), "grad_norm": norm}
         record |= {"seconds": round(time.time() - start, 3), "memory_mb": peak_memory(args.device)}
         last = iteration == args.iterations
