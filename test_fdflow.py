@@ -280,6 +280,16 @@ def test_churn_keeps_the_marginals(churn):
     torch.testing.assert_close(x_0, torch.full_like(x_0, m))
 
 
+def test_every_micro_batch_has_noise_of_its_own():
+    problem, (eps, cond) = small_problem(batch=4), draw(2)
+    eps, cond = eps.repeat(3, 1), cond.repeat(3)  # three micro-batches of the same two groups
+    records = fdflow.roll_out(problem, eps, cond, torch.Generator().manual_seed(0), 0.05, 2, None)
+    first, second, third = (record["steps"][0][2] for record in records)
+    assert not torch.isclose(first, second).any() and not torch.isclose(second, third).any()
+    again = fdflow.roll_out(problem, eps, cond, torch.Generator().manual_seed(0), 0.05, 2, None)
+    assert torch.equal(again[2]["steps"][0][2], third)
+
+
 def test_no_churn_is_euler():
     x, v = torch.randn(4, 3), torch.randn(4, 3)
     assert torch.equal(churned_step(x, v, 0.7, 0.4), x + (0.4 - 0.7) * v)

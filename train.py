@@ -249,7 +249,8 @@ def main():
         record = {"iteration": iteration, "images": records[-1]["images"] + made}
         record |= statistics("reward", R)
         values = {name: v[v.isfinite()] for name, v in values.items()}
-        record["terms"] = {k: {"mean": v.mean().item(), "std": v.std().item()} for k, v in values.items()}
+        record["terms"] = {name: v.mean().item() for name, v in values.items()}
+        record["terms_std"] = {name: v.std().item() for name, v in values.items()}
         record |= {"not_finite": R.isnan().sum().item(), "grad_norm": norm}
         record |= {"seconds": round(time.time() - start, 3), "memory_mb": peak_memory(args.device)}
         last = iteration == args.iterations
