@@ -342,9 +342,16 @@ def test_a_pair_costs_its_steps_and_no_more(folders, monkeypatch):
     assert calls == {False: 2 * 5 * pairs, True: 2 * 5 * pairs}
 
 
-@torch.backends.mkldnn.flags(enabled=False)  # whose bfloat16 takes seconds to get ready
+@pytest.fixture
+def without_onednn():
+    """Its bfloat16 kernels take seconds to get ready."""
+    before = torch.backends.mkldnn.set_flags(False)
+    yield
+    torch.backends.mkldnn.set_flags(*before)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-def test_bfloat16_is_float32_but_for_rounding(folders, name):
+def test_bfloat16_is_float32_but_for_rounding(folders, name, without_onednn):
     cond, images, grads = torch.tensor([0, 1]), [], []
     for dtype in ("float32", "bfloat16"):
         guidance = 1 if name == "flux-schnell" else 2
