@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import GatedRepoError
 
 
 class UserError(Exception):
@@ -13,6 +14,14 @@ class UserError(Exception):
 def first_line(error):
     """The first line of an exception's message, to be quoted in a UserError."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def why_unreachable(path, error):
+    """Why a model of the hub did not come, and what to do."""
+    # diffusers says "not a valid model identifier" while it handles the error that tells
+    if any(isinstance(e, GatedRepoError) or "gated repo" in str(e) for e in (error, error.__context__)):
+        return f"{path} is gated: accept its licence on the hub, then run `hf auth login`"
+    return f"cannot reach model {path}: check its name and the network, or use --model tiny"
 
 
 def run(main):

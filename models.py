@@ -9,7 +9,7 @@ import diffusers
 import transformers
 from safetensors import SafetensorError
 
-from errors import UserError, first_line
+from errors import UserError, first_line, why_unreachable
 
 for library in (transformers, diffusers):
     library.logging.set_verbosity_error()
@@ -98,8 +98,6 @@ def load_pipeline(path, dtype):
 
 
 def why_not_loaded(path, error):
-    if "gated" in str(error):
-        return f"{path} is gated: accept its licence on the hub, then run `hf auth login`"
     if Path(path).is_dir():
         return f"{path} is damaged or incomplete: {first_line(error)}"
-    return f"cannot reach model {path}: check its name and the network, or use --model tiny"
+    return why_unreachable(path, error)

@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import nn
 
-from errors import UserError
+from errors import UserError, why_unreachable
 from pictures import to_pil
 
 
@@ -92,7 +92,7 @@ def pretrained(kind, path, **options):
     try:
         return kind.from_pretrained(path, **options)
     except OSError as error:
-        raise UserError(f"cannot reach {path}: check the network, or train --model tiny") from error
+        raise UserError(why_unreachable(path, error)) from error
 
 
 def small_dtype(device):
@@ -120,7 +120,7 @@ def load_aesthetic(tiny, device):
     try:
         path = hf_hub_download("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
     except OSError as error:
-        raise UserError("cannot reach the aesthetic predictor: check the network") from error
+        raise UserError(why_unreachable("trl-lib/ddpo-aesthetic-predictor", error)) from error
     return Aesthetic(load_clip(tiny, device), laion_head(path))
 
 

@@ -7,12 +7,14 @@ import argparse
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import diffusers
 import peft
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import GatedRepoError
 
 import errors
 import sample
@@ -21,6 +23,7 @@ from adapters import attention_layers, load_lora, save_lora
 from fdflow import LoRA, Problem, central_difference, fdfo, random_seeds, spsa
 from flows import load_flow
 from models import MODELS, TINY
+from rewards import Reward
 from sample import fill_defaults
 
 torch.set_num_threads(2)
@@ -449,6 +452,17 @@ def test_models_that_cannot_be_loaded_say_why(folders, tmp_path):
         make_flow(folders["flux-schnell"], guidance=3.5, size="64")
     with pytest.raises(errors.UserError, match="multiples of 16 pixels"):
         make_flow(folders["sd3"], size="72")
+
+
+def test_gated_models_say_what_to_do(monkeypatch):
+    def refuse(*args, **options):
+        raise GatedRepoError("403", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr(diffusers.configuration_utils, "hf_hub_download", refuse)
+    monkeypatch.setattr(transformers.utils.hub, "hf_hub_download", refuse)
+    for load in (lambda: make_flow("flux-dev"), lambda: Reward("clip", tiny=None)):
+        with pytest.raises(errors.UserError, match="gated: accept its licence on the hub, then run `hf auth"):
+            load()
 
 
 def test_every_model_has_a_family():

@@ -217,7 +217,7 @@ def test_vlm_takes_a_question_of_ones_own(qwen):
     term.question = "Is there a cat in it? (Yes + No) - {x}"
     assert about(images, ["", ""])[0].item() == pytest.approx(R[0].item(), abs=1e-2)
     assert about(images, ["", ""])[1].item() != pytest.approx(R[1].item(), abs=1e-2)
-    with pytest.raises(UserError, match="cannot reach Qwen/Qwen2.5-VL-7B-Instruct"):
+    with pytest.raises(UserError, match="cannot reach model Qwen/Qwen2.5-VL-7B-Instruct"):
         Reward("vlm:7b")
 
 
