@@ -38,8 +38,9 @@ class Scorer:
         self.flow, self.reward, self.seen = flow, reward, []
 
     def __call__(self, x, cond):
-        self.seen.append(self.reward.measure(self.flow.decode(x), [self.flow.prompts[i] for i in cond]))
-        return self.reward.combine(self.seen[-1])
+        values = self.reward.measure(self.flow.decode(x), [self.flow.prompts[i] for i in cond])
+        self.seen.append({name: R.detach() for name, R in values.items()})
+        return self.reward.combine(values)
 
     def take(self):
         """The values of each term since the last call, from all processes: {name: [N]}."""

@@ -109,7 +109,6 @@ class Flow:
         base, v = self.predict(x.repeat_interleave(2, 0), t, *twins).unflatten(0, (-1, 2)).unbind(1)
         return base + self.guidance * (v - base)
 
-    @torch.no_grad()
     def decode(self, x):
         """Latents to images [B, 3, H, W], float32 in [0, 1]; a few at a time, to save memory."""
         config, images = self.vae.config, []

@@ -101,7 +101,6 @@ class Reward:
         place = f"column {node.col_offset + 1} of reward {self.expression!r}"
         raise UserError(f"{place}: only names, numbers, + - * and parentheses may stand here")
 
-    @torch.no_grad()
     def measure(self, images, prompts):
         """The values of each term, {name: float32 [B]}, NaN where one is not finite."""
         return {name: checked(name, term, images, prompts) for name, term in self.terms.items()}

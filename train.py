@@ -20,6 +20,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from adapters import attention_layers
+from baselines import backprop, flow_grpo, reinforce, reward_gradient
 from errors import UserError, run
 from evaluation import HeldOut, Scorer, joined, paid_with, rank, statistics
 from fdflow import LoRA, Problem, central_difference, fdfo, random_seeds, spsa
@@ -46,10 +47,16 @@ from sample import Parser, add_model_arguments, fill_defaults, number, read_prom
 WATCHED = "aesthetic,clip,edge_density,color_entropy"
 # what suits each estimator where the command line is silent; the model says the rest
 ESTIMATORS = {
-    "fdfo": {"iterations": 100, "pairs": 32},
+    "fdfo": {"iterations": 100, "pairs": 32, "branches": 2, "clip": 0.03},
     "spsa": {"iterations": 20, "pairs": 128, "rank": 1, "lr": 0.01, "h": 0.02},
     "central": {"iterations": 30, "pairs": 2, "rank": 1, "lr": 0.02, "h": 0.1},
+    # for comparison: baselines.py
+    "flow-grpo": {"iterations": 100, "pairs": 8, "branches": 8, "clip": 1e-4, "kl": 0.0, "lr": 1e-3},
+    "reinforce": {"iterations": 100, "pairs": 64, "lr": 1e-3},
+    "backprop": {"iterations": 100, "pairs": 32},
+    "reward-gradient": {"iterations": 100, "pairs": 64},
 }
+DISTRIBUTED = ("fdfo", "spsa", "central")
 
 
 def parse_args():
@@ -63,12 +70,17 @@ def parse_args():
     add("--seed", type=number(int, 0), default=0, help="of everything random (default 0)")
     add_model_arguments(parser)
     add("--pairs", type=whole, help="noises an iteration (default: fdfo 32, spsa 128, central 2)")
-    add("--branches", type=number(int, 2), default=2, help="fdfo: images from each noise (default 2)")
+    add("--branches", type=number(int, 2), help="fdfo, flow-grpo: images of a group (default 2, 8)")
     add("--churn", type=positive, help="fdfo: how far they part (default: tiny 0.05, SD3.5 0.0025)")
     add("--train-steps", type=whole, help="fdfo: random steps trained (default: tiny 2, SD3.5 10 of 40)")
-    add("--clip", type=positive, default=0.03, help="fdfo: width of the trust region (default 0.03)")
+    add("--clip", type=positive, help="width of the trust region (default: fdfo 0.03, flow-grpo 0.0001)")
     add("--updates", type=whole, default=1, help="fdfo: optimiser steps per roll-out (default 1)")
     add("--kl", type=number(float, 0), help="fdfo: pull to the base model (default: tiny 1, others 0)")
+    add("--shared-noise", action="store_true", help="flow-grpo: the images of a group start from one noise")
+    add(
+        "--noise-level", type=positive, default=0.7, help="flow-grpo, reinforce: of their steps (default 0.7)"
+    )
+    add("--last-steps", type=whole, help="backprop: steps differentiated (default all)")
     add("--h", type=positive, help="parameter step (default: spsa 0.02, central 0.1)")
     add("--directions", type=whole, default=16, help="spsa: directions an iteration (default 16)")
     add("--coordinates", type=whole, default=32, help="central: parameters an iteration (default 32)")
@@ -126,6 +138,8 @@ def start_processes(args):
         torch.cuda.set_device(args.device)
     dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     atexit.register(dist.destroy_process_group)
+    if args.estimator not in DISTRIBUTED:
+        raise UserError(f"--estimator {args.estimator} runs in one process")
     share = args.updates * dist.get_world_size()
     if args.estimator == "fdfo" and args.pairs % share:
         raise UserError(f"--pairs {args.pairs} is not a multiple of {share}, processes times --updates")
@@ -137,10 +151,17 @@ def make_estimator(args, step):
         return partial(spsa, h=args.h, directions=args.directions)
     if args.estimator == "central":
         return partial(central_difference, h=args.h, coordinates=args.coordinates)
-    settings = {
-        key: getattr(args, key) for key in ("churn", "branches", "train_steps", "clip", "kl", "updates")
-    }
-    return partial(fdfo, step=step, **settings)
+    if args.estimator == "backprop":
+        return partial(backprop, last_steps=args.last_steps)
+    if args.estimator == "reward-gradient":
+        return partial(reward_gradient, train_steps=args.train_steps)
+    if args.estimator == "reinforce":
+        return partial(reinforce, level=args.noise_level, train_steps=args.train_steps, baselines={})
+    keys = ("branches", "train_steps", "clip", "kl", "updates")
+    settings = {key: getattr(args, key) for key in keys} | {"step": step}
+    if args.estimator == "flow-grpo":
+        return partial(flow_grpo, shared_noise=args.shared_noise, level=args.noise_level, **settings)
+    return partial(fdfo, churn=args.churn, **settings)
 
 
 def show(bar, records, trained):
@@ -193,7 +214,7 @@ def main():
     human = Human(args.branches, args.pairs) if alone else None
     reward = Reward(args.reward, tiny, args.device, human)
     watched = [Reward(term, tiny, args.device) for term in args.watch.split(",") if term.strip()]
-    layers = attention_layers(flow.network, few=args.estimator != "fdfo")
+    layers = attention_layers(flow.network, few=args.estimator in ("spsa", "central"))
     lora = LoRA(flow.network, layers, args.rank, args.alpha, torch.Generator().manual_seed(args.seed))
     optimizer = torch.optim.AdamW(lora.parameters, args.lr, weight_decay=1e-4)
     problem = Problem(flow.velocity, Scorer(flow, reward), lora, flow.times, args.batch)
@@ -254,14 +275,11 @@ def main():
         record |= {"not_finite": R.isnan().sum().item(), "grad_norm": norm}
         record |= {"seconds": round(time.time() - start, 3), "memory_mb": peak_memory(args.device)}
         last = iteration == args.iterations
-        pictures = None
-        if iteration % args.eval_every == 0 or last:
-            pictures, measured = held_out()
-            record |= measured
-        records.append(record)
+        pictures, measured = held_out() if iteration % args.eval_every == 0 or last else (None, {})
+        records.append(record | measured)
         stop = joined([{"stop": torch.tensor([len(interrupted)])}])["stop"].any()
         if first:
-            append_metrics(folder, record)
+            append_metrics(folder, records[-1])
             if pictures is not None:
                 save_picture(grid(pictures, held_out.prompts, 8), folder / "samples" / f"{iteration:06}.png")
             if iteration % args.save_every == 0 or last or stop:
