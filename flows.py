@@ -34,7 +34,10 @@ class Flow:
 
     Latents x are float32 [B, C, H / 8, W / 8]; `cond` [B] holds indices into the prompts given to `encode`;
     `times` is the scheduler's own schedule; guidance > 1 is classifier-free guidance. `network` is the part
-    that is trained, `part` its name in the pipeline.
+    that is trained, `part` its name in the pipeline, `blocks` the classes of its repeated blocks.
+
+    A family has `embed(prompts, unconditional)`, the tensors that its encoders make of prompts, or of none
+    (pipelines return both in turn: text, none, pooled, none), and `predict(x, t, *tensors)`, the velocity.
     """
 
     part = "transformer"
