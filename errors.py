@@ -21,7 +21,7 @@ def why_unreachable(path, error):
     # diffusers says "not a valid model identifier" while it handles the error that tells
     if any(isinstance(e, GatedRepoError) or "gated repo" in str(e) for e in (error, error.__context__)):
         return f"{path} is gated: accept its licence on the hub, then run `hf auth login`"
-    return f"cannot reach model {path}: check its name and the network, or use --model tiny"
+    return f"cannot reach model {path}: check its name and the network"
 
 
 def run(main):

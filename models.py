@@ -100,4 +100,4 @@ def load_pipeline(path, dtype):
 def why_not_loaded(path, error):
     if Path(path).is_dir():
         return f"{path} is damaged or incomplete: {first_line(error)}"
-    return why_unreachable(path, error)
+    return why_unreachable(path, error) + "; --model tiny needs neither"

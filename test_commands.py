@@ -226,6 +226,7 @@ BAD = {
     "--watch nonsense": "known: aesthetic, clip",
     "--reward brightness**2": "column 1",
     "--reward broken.py:f": "broken.py:f raised ValueError: no luck",
+    "--reward nan.py:f": "nan.py:f has no number for any of the held-out prompts",
     "--reward short.py:f": "must return [64] numbers, not [1]",
     "--estimator newton": "known: fdfo, spsa, central",
     "--model nowhere": "none of tiny",
@@ -254,6 +255,7 @@ BAD = {
 def test_bad_arguments_end_in_one_line(flags, tmp_path, monkeypatch, capsys):
     (tmp_path / "broken.py").write_text("def f(images, prompts):\n    raise ValueError('no luck')\n")
     (tmp_path / "short.py").write_text("def f(images, prompts):\n    return [1.0]\n")
+    (tmp_path / "nan.py").write_text("def f(images, prompts):\n    return [float('nan')] * len(images)\n")
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "picture.bin").write_bytes(b"\x89PNG\xff\xfe\x00")
     (tmp_path / "empty").mkdir()

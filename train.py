@@ -221,6 +221,8 @@ def main():
     embed = load_clip(tiny, args.device).embed_images
     held_out = HeldOut(flow, len(held_prompts), reward, watched, embed, args)
     pictures, base = held_out()  # before anything is written: a reward that fails shows itself here
+    if math.isnan(base.get("held_out", 0)):  # ocr, for one, has none for prompts without words in quotes
+        raise UserError(f"reward {args.reward} has no number for any of the held-out prompts")
 
     first = rank() == 0  # of the processes of torchrun; it alone writes
     records, folder, done = [], None, 0
