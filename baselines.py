@@ -101,10 +101,10 @@ def reinforce(problem, eps, cond, generator=None, level=0.7, train_steps=None, b
     baselines = {} if baselines is None else baselines
     for r in records:
         rows = list(zip(r["cond"].tolist(), r["R"].flatten().tolist()))
-        usual = baselines.get("all", sum(R for _, R in rows) / len(rows))
+        usual = baselines.get("all", r["R"].nanmean().item())
         r["A"] = torch.tensor([R - baselines.get(c, usual) for c, R in rows]).to(r["R"]).nan_to_num()
         for c, R in rows:
-            for key in (c, "all"):
+            for key in (c, "all") if math.isfinite(R) else ():
                 baselines[key] = 0.9 * baselines.get(key, R) + 0.1 * R
     climb(problem, records, level, math.inf, 0.0)
     return {"images": len(eps)}

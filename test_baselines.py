@@ -105,6 +105,16 @@ def test_advantages_of_flow_grpo_are_normalised_in_groups():
     assert estimated(problem, flow_grpo, eps, cond, torch.Generator().manual_seed(0)).isfinite().all()
 
 
+def test_a_lost_reward_does_not_spoil_the_running_means():
+    problem, (eps, cond), means = small_problem(), draw(6), {}
+    reward = problem.reward
+    problem.reward = lambda x, c: torch.where(c == cond[0], torch.nan, reward(x, c))
+    for _ in range(2):
+        reinforce(problem, eps, cond, torch.Generator().manual_seed(0), baselines=means)
+    assert len(means) == 5 + 1 and all(math.isfinite(mean) for mean in means.values())
+    assert all(p.grad.norm() > 0 and p.grad.isfinite().all() for p in problem.lora.parameters)
+
+
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize("shift", [-0.5, 0.5])
 def test_clipping_stops_what_went_far_enough(advantage, shift):
