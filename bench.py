@@ -54,7 +54,7 @@ def measure(args, device, fake):
             for _ in range(1 if fake else 2):
                 phases.table = {phase: [0, 0, 0] for phase in phases.table}
                 eps, cond = torch.randn(args.pairs, *flow.shape, device=device), torch.arange(args.pairs)
-                train(problem, eps, cond, churn=args.churn, train_steps=args.train_steps)
+                train(problem, eps, cond, None, args.churn, args.branches, train_steps=args.train_steps)
     return phases.table
 
 
@@ -70,6 +70,7 @@ def main():
     add_model_arguments(parser)
     parser.set_defaults(model="sd3.5")
     parser.add_argument("--pairs", type=number(int, 1), help="noises (default: what fills one batch)")
+    parser.add_argument("--branches", type=number(int, 2), default=2, help="images of a noise (default 2)")
     parser.add_argument("--train-steps", type=number(int, 1), help="random steps trained (default: all)")
     parser.add_argument("--rank", type=number(int, 1), default=32, help="of the LoRA (default 32)")
     parser.add_argument("--estimate", action="store_true", help="count from the shapes alone")
@@ -78,9 +79,15 @@ def main():
     if args.model not in ARCHITECTURES:
         raise UserError(f"--model {args.model}: known here are {', '.join(ARCHITECTURES)}")
     model = fill_defaults(args)
-    args.pairs, args.tokens, args.churn = args.pairs or max(1, args.batch // 2), model.tokens, model.churn
+    args.pairs, args.tokens, args.churn = (
+        args.pairs or max(1, args.batch // args.branches),
+        model.tokens,
+        model.churn,
+    )
     print(f"{args.model}, {args.size} px, {args.steps} steps, {args.train_steps or 'all'} trained, ", end="")
-    print(f"{args.pairs} pairs, batch {args.batch}, rank {args.rank}, {args.dtype}")
+    print(
+        f"{args.pairs} noises x {args.branches} branches, batch {args.batch}, rank {args.rank}, {args.dtype}"
+    )
     counted = measure(args, "cpu", fake=True)
     timed, rate = None, math.nan
     if not args.estimate:
@@ -90,16 +97,17 @@ def main():
         )
         print(torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device, end=", ")
         print(f"{rate / 1e12:.3g} TFLOP/s in a matrix product")
-    print("per pair      TFLOP  peak GiB" + ("   seconds  of the limit" if timed else ""))
+    pairs = args.pairs * args.branches / 2
+    print("per 2 images  TFLOP  peak GiB" + ("   seconds  of the limit" if timed else ""))
     total = 0
     for phase in ("sampling", "decoding", "reward", "training"):
-        operations, peak = counted[phase][1] / args.pairs, (timed or counted)[phase][2] or counted[phase][2]
+        operations, peak = counted[phase][1] / pairs, (timed or counted)[phase][2] or counted[phase][2]
         print(f"{phase:9}{operations / 1e12:10.4g}{peak / 2**30:10.4g}", end="")
-        seconds = timed[phase][0] / args.pairs if timed else math.nan
+        seconds = timed[phase][0] / pairs if timed else math.nan
         total += seconds
         print(f"{seconds:10.4g}{operations / rate / seconds:14.0%}" if timed else "")
     if timed:
-        print(f"{total:.4g} seconds per pair, {2 / total:.4g} images a second")
+        print(f"{total:.4g} seconds per 2 images, {2 / total:.4g} images a second")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,22 @@ def mean_and_error(values):
     return values.mean().item(), (values.std() / math.sqrt(max(1, len(values)))).item()
 
 
+class Counted:
+    """A velocity that counts its evaluations: one for an image forward, three for forward and backward."""
+
+    def __init__(self, velocity):
+        self.velocity, self.evaluations = velocity, 0
+
+    def __call__(self, x, t, cond):
+        self.evaluations += len(x) * (3 if torch.is_grad_enabled() else 1)
+        return self.velocity(x, t, cond)
+
+    def take(self):
+        """The evaluations since the last call, in this process."""
+        evaluations, self.evaluations = self.evaluations, 0
+        return evaluations
+
+
 class Scorer:
     """The reward of latents, as the estimators ask for it; keeps what the terms gave until `take`."""
 

@@ -140,9 +140,6 @@ def random_seeds(n, generator=None):
     return torch.randint(2**31, (n,), generator=generator, device=device).tolist()
 
 
-# ---- the three estimators
-
-
 @dataclass
 class Problem:
     """What is trained, on what reward, and how it is sampled.
@@ -222,41 +219,40 @@ def random_signs(like, seed):
     return 2 * torch.randint(2, like.shape, generator=generator, device=like.device).to(like) - 1
 
 
-def fdfo(problem, eps, cond, generator=None, churn=0.05, branches=2, train_steps=None, clip=0.03,
-         kl=0.0, updates=1, step=None):  # fmt: skip
+def fdfo(problem, eps, cond, generator=None, churn=0.05, branches=2, train_branches=1, train_steps=None,
+         clip=0.03, kl=0.0, updates=1, step=None):  # fmt: skip
     """Finite Difference Flow Optimization: differences between sampled images instead of between parameters.
 
-    Every noise is churned into K branches. How the rewards of a group's final images differ says which way
-    they should move; every step of every branch is then pulled that way, without the sampler's Jacobian.
-    Rewards count in units of their mean absolute difference, so that their scale does not matter.
+    Every noise is churned into K branches. How the rewards of their images differ tells which way to move
+    them; steps are pulled that way, without the sampler's Jacobian. The unit of reward: its mean difference.
 
-    train_steps: random steps trained per trajectory (default: all). clip: width of the trust region. kl: pull
-    to the base model's velocity. updates: gradients per roll-out, with `step` called in between.
+    train_branches: trained ones of each group, since all are pulled alike. train_steps: random steps trained
+    (default: all). clip: width of the trust region. kl: pull to the base model. updates: gradients, between
+    which `step` is called.
     """
-    if branches < 2 or churn <= 0:
-        raise ValueError("fdfo compares branches: it needs at least 2 of them, and churn > 0")
-    shares = zip(eps.chunk(updates), cond.chunk(updates))
-    shares = [roll_out(problem, e, c, generator, churn, branches, train_steps) for e, c in shares]
-    R = torch.cat([r["R"] for share in shares for r in share])
-    spread = (R - R.mean(1, keepdim=True)).abs()
-    total, count = summed(torch.stack([spread.nansum(), spread.isfinite().to(R).sum()]))
+    if not 1 <= train_branches <= branches or branches < 2 or churn <= 0:
+        raise ValueError("fdfo compares branches: at least 2, of which it trains 1 or more, with churn > 0")
+    settings = generator, churn, branches, train_branches, train_steps
+    shares = [roll_out(problem, e, c, *settings) for e, c in zip(eps.chunk(updates), cond.chunk(updates))]
+    dR = torch.cat([r["dR"] for share in shares for r in share])
+    total, count = summed(torch.stack([dR.nansum(), dR.isfinite().to(dR).sum()]))
     unit = (total / count).clamp(min=1e-12)
     for i, (e, share) in enumerate(zip(eps.chunk(updates), shares)):
         if i > 0:
             step()
         for r in share:
-            dR = ((r["R"] - r["R"].mean(1, keepdim=True)) / unit).flatten().nan_to_num()  # NaN: no say
+            dR = (r["dR"] / unit).nan_to_num()
             for weight, t, x, v_ref in r["steps"]:
                 v = problem.velocity(x, t, r["cond"])
                 dv = v - v_ref
                 # exp(mean(d^2) - mean((v - (v_ref - d))^2)), multiplied out because d is large and dv small
                 rho = torch.exp(-(dv * (dv + 2 * r["d"])).flatten(1).mean(1))
-                loss = -dR * rho + dR.abs() / (2 * clip) * (rho - 1) ** 2
+                loss = -dR * rho + dR / (2 * clip) * (rho - 1) ** 2
                 if kl > 0:
                     with torch.no_grad(), problem.lora.switched_off():
                         v_base = problem.velocity(x, t, r["cond"])
                     loss = loss + kl * ((v - v_base) ** 2).flatten(1).mean(1)
-                (weight / (branches * len(e)) * loss.sum()).backward()
+                (weight / (train_branches * len(e)) * loss.sum()).backward()
         if dist.is_initialized():
             grads = [p.grad for p in problem.lora.parameters]
             vector_to_parameters(summed(parameters_to_vector(grads)), grads)
@@ -264,24 +260,28 @@ def fdfo(problem, eps, cond, generator=None, churn=0.05, branches=2, train_steps
 
 
 @torch.no_grad()
-def roll_out(problem, eps, cond, generator, churn, branches, train_steps):
-    """Sample `branches` images from every noise; returns a record for each micro-batch of B images:
+def roll_out(problem, eps, cond, generator, churn, branches, train_branches, train_steps):
+    """Sample K branches from every noise; a record for each micro-batch, of the B trajectories to train:
 
-    cond [B, ...], R [B / K, K], the (weight, t, x_t, v) of the steps to train on, and the direction d
-    [B, ...] from the group's mean image to this one, over its mean square.
+    cond [B, ...], the (weight, t, x_t, v) of their steps, the mean absolute difference dR [B] of the rewards
+    in their group (NaN if one is), and the direction d [B, ...] to pull them: dR d is the mean over k of
+    (R_k - mean R) (x_k - mean x), over the mean square of x_k - mean x.
     """
     records, seeds = [], random_seeds(len(eps), generator)
     for number, (e, c) in dealt_out(problem.batch // branches, eps, cond):
         e, c, steps = e.repeat_interleave(branches, 0), c.repeat_interleave(branches, 0), []
+        kept = torch.arange(len(e), device=e.device).view(-1, branches)[:, :train_branches].flatten()
         generator = torch.Generator(e.device).manual_seed(seeds[number])
         x = sample(problem.velocity, e, c, problem.times, churn, generator, steps)
         R = problem.reward(x, c).view(-1, branches)
-        dx = x.view(*R.shape, -1)
-        dx = dx - dx.mean(1, keepdim=True)
-        d = (dx / (dx**2).mean((1, 2), keepdim=True)).view_as(x)
+        dx = x.view(*R.shape, -1) - x.view(*R.shape, -1).mean(1, keepdim=True)
+        spread = R - R.mean(1, keepdim=True)
+        dR = spread.abs().mean(1)
+        g = (spread[..., None] * dx).mean(1) / (dx**2).mean((1, 2))[:, None]
+        d = (g / dR.clamp(min=1e-12)[:, None]).nan_to_num().view_as(x[::branches])
         weights = step_weights(problem.times, train_steps, generator)
-        steps = [(weight, *step) for weight, step in zip(weights, steps) if weight > 0]
-        records.append({"cond": c, "R": R, "steps": steps, "d": d})
+        steps = [(w, t, x[kept], v[kept]) for w, (t, x, v) in zip(weights, steps) if w > 0]
+        records.append(dict(cond=c[kept], steps=steps, d=d[kept // branches], dR=dR[kept // branches]))
     return records
 
 

@@ -88,3 +88,48 @@ def report(folder, metrics, reward):
     figure.savefig(part, format="png", dpi=80)
     plt.close(figure)
     part.replace(Path(folder, "report.png"))
+
+
+def draw_costs(path, measured, other):
+    """Draw what methods gain against what it costs, mean and standard deviation over seeds.
+
+    measured: {reward: {method: {name: [seeds, points]}}}. other: {reward: the watched one that is drawn too}.
+    """
+    from matplotlib import pyplot as plt
+
+    rows = len(measured)
+    figure, axes = plt.subplots(
+        rows, 4, figsize=(18, 4.5 * rows), squeeze=False, sharey="row", layout="constrained"
+    )
+    for row, (reward, methods) in zip(axes, measured.items()):
+        costs = {"images": "images", "evaluations": "network evaluations", "seconds": "seconds on one core"}
+        costs[other[reward]] = f"change in {other[reward]}, not trained"
+        row[0].set_ylabel(f"gain in held-out {reward}")
+        for method, c in methods.items():
+            mean, spread = c["gain"].mean(0), c["gain"].std(0)
+            for axis, (cost, label) in zip(row, costs.items()):
+                x = c[cost].mean(0)
+                (line,) = axis.plot(x, mean, ".-", label=method)
+                axis.fill_between(x, mean - spread, mean + spread, color=line.get_color(), alpha=0.15, lw=0)
+                axis.set_xlabel(label)
+    axes[0, 0].legend(fontsize="small")
+    figure.savefig(path, dpi=70)
+    plt.close(figure)
+
+
+def draw_sensitivity(path, measured):
+    """Draw where runs end, {knob: {value: {name: [1, points]}}}: gain and change in clip against the knob."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(
+        2, len(measured), figsize=(9, 5), sharex="col", sharey="row", layout="constrained"
+    )
+    for column, (knob, runs) in zip(axes.T, measured.items()):
+        for axis, name in zip(column, ("gain", "clip")):
+            axis.semilogx(list(runs), [c[name][0, -1] for c in runs.values()], "o-")
+            axis.axhline(0, color="grey", lw=0.5)
+        column[1].set_xlabel(knob)
+    axes[0, 0].set_ylabel("gain in aesthetic, trained")
+    axes[1, 0].set_ylabel("change in clip, watched")
+    figure.savefig(path, dpi=80)
+    plt.close(figure)

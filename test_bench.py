@@ -45,7 +45,7 @@ def run(monkeypatch, capsys, *flags):
 
 
 @pytest.mark.parametrize("model", ["sd3.5", "flux-schnell"])
-def test_a_pair_costs_its_steps_and_no_more(model, monkeypatch, capsys):
+def test_images_cost_their_steps_and_no_more(model, monkeypatch, capsys):
     options = ["--model", model, "--estimate", "--steps"]
     one, two = run(monkeypatch, capsys, *options, "1"), run(monkeypatch, capsys, *options, "2")
     half = run(monkeypatch, capsys, *options, "2", "--train-steps", "1")
@@ -54,8 +54,8 @@ def test_a_pair_costs_its_steps_and_no_more(model, monkeypatch, capsys):
     assert two["training"][0] == pytest.approx(2 * one["training"][0], rel=rel)
     assert half["training"][0] == pytest.approx(one["training"][0], rel=rel)
     assert one["decoding"][0] == two["decoding"][0] and one["reward"][0] == two["reward"][0]
-    # with frozen weights a backward costs a forward, attention and LoRA a little more
-    assert 1.8 * one["sampling"][0] < one["training"][0] < 2.6 * one["sampling"][0]
+    # of two images one is trained; with frozen weights a backward costs a forward, attention, LoRA a bit more
+    assert 0.9 * one["sampling"][0] < one["training"][0] < 1.3 * one["sampling"][0]
 
 
 def test_bench_times_real_tensors(monkeypatch, capsys):

@@ -231,6 +231,7 @@ BAD = {
     "--reward nan.py:f": "nan.py:f has no number for any of the held-out prompts",
     "--reward short.py:f": "must return [64] numbers, not [1]",
     "--estimator newton": "known: fdfo, spsa, central",
+    "--branches 2 --train-branches 3": "--train-branches 3 is more than --branches 2",
     "--model nowhere": "none of tiny",
     "--model some/where": "cannot reach model some/where",
     "--model empty": "no model_index.json",

@@ -12,7 +12,17 @@ from torch import nn
 
 import fdflow
 import toy
-from fdflow import LoRA, Problem, central_difference, churned_step, fdfo, sample, spsa
+from fdflow import (
+    LoRA,
+    Problem,
+    central_difference,
+    churned_step,
+    fdfo,
+    random_seeds,
+    sample,
+    spsa,
+    step_weights,
+)
 
 torch.set_num_threads(2)
 
@@ -187,26 +197,36 @@ def test_fdfo_is_the_closed_form_for_a_linear_flow(train_steps):
     assert error.abs().max() < 5 * 2 * w.norm() / math.sqrt(20000)
 
 
-def test_fdfo_gradient_is_the_plain_linear_pull():
-    problem, groups = small_problem(), draw(16)
-    settings = dict(churn=0.1, branches=3, train_steps=None)
-    g = estimated(problem, fdfo, *groups, torch.Generator().manual_seed(5), **settings)
-    records = fdflow.roll_out(problem, *groups, torch.Generator().manual_seed(5), **settings)
-    R = torch.cat([r["R"] for r in records])
-    unit = (R - R.mean(1, keepdim=True)).abs().mean()
-    for r in records:
-        pull = ((r["R"] - r["R"].mean(1, keepdim=True)) / unit).view(-1, 1) * r["d"]
-        for weight, t, x, v_ref in r["steps"]:
-            loss = F.mse_loss(problem.velocity(x, t, r["cond"]), v_ref - pull, reduction="none").mean(1)
-            (weight * loss.sum() / R.numel()).backward()
-    torch.testing.assert_close(g, toy.gradient(problem.lora), rtol=1e-9, atol=1e-12)
+@pytest.mark.parametrize("branches,trained", [(2, 1), (2, 2), (3, 1), (4, 2)])
+def test_fdfo_gradient_is_the_plain_linear_pull(branches, trained):
+    problem, (eps, cond), steps, scores = small_problem(), draw(16), [], []
+    reward, problem.batch = problem.reward, 1000  # one micro-batch, whose noise is known
+    problem.reward = lambda x, c: scores.append(reward(x, c)) or scores[-1]
+    settings = dict(churn=0.1, branches=branches, train_branches=trained)
+    g = estimated(problem, fdfo, eps, cond, torch.Generator().manual_seed(5), **settings)
+    seed = random_seeds(16, torch.Generator().manual_seed(5))[0]
+    e, c = eps.repeat_interleave(branches, 0), cond.repeat_interleave(branches, 0)
+    with torch.no_grad():
+        images = sample(
+            problem.velocity, e, c, problem.times, 0.1, torch.Generator().manual_seed(seed), steps
+        )
+    rows, unit = scores[0].view(16, branches), []
+    for number, (R, x) in enumerate(zip(rows, images.view(16, branches, -1))):
+        dR, dx = R - R.mean(), x - x.mean(0)
+        unit.append(dR.abs().mean())
+        pull = sum(dR[k] * dx[k] for k in range(branches)) / branches / (dx**2).mean()
+        for weight, (t, x_t, v_ref) in zip(step_weights(problem.times), steps):
+            some = slice(number * branches, number * branches + trained)
+            v = problem.velocity(x_t[some], t, c[some])
+            (weight * F.mse_loss(v, v_ref[some] - pull) / 16).backward()
+    torch.testing.assert_close(g * sum(unit) / 16, toy.gradient(problem.lora), rtol=1e-9, atol=1e-12)
 
 
 def test_kl_pulls_to_the_base_model():
     problem, (eps, cond) = small_problem(), draw(8)
     problem.reward = lambda x, cond: torch.ones_like(cond)  # nothing to learn but the pull
     g = estimated(problem, fdfo, eps, cond, torch.Generator().manual_seed(0), kl=0.7)
-    (record,) = fdflow.roll_out(problem, eps, cond, torch.Generator().manual_seed(0), 0.05, 2, None)
+    (record,) = fdflow.roll_out(problem, eps, cond, torch.Generator().manual_seed(0), 0.05, 2, 1, None)
     for weight, t, x, v in record["steps"]:
         with problem.lora.switched_off():
             v_base = problem.velocity(x, t, None).detach()
@@ -238,13 +258,12 @@ def test_surrogate_after_the_first_update_is_its_closed_form():
 
     fdfo(problem, eps, cond, torch.Generator().manual_seed(0), clip=clip, updates=2, step=step)
     layer.B.data.zero_()
-    generator, rolls = torch.Generator().manual_seed(0), []
+    generator, rolls, settings = torch.Generator().manual_seed(0), [], (0.05, 2, 1, None)
     for e, c in zip(eps.chunk(2), cond.chunk(2)):
-        rolls += fdflow.roll_out(problem, e, c, generator, churn=0.05, branches=2, train_steps=None)
-    dR = [r["R"] - r["R"].mean(1, keepdim=True) for r in rolls]
-    dR = (dR[1] / torch.cat(dR).abs().mean()).flatten()
+        rolls += fdflow.roll_out(problem, e, c, generator, *settings)
+    dR = rolls[1]["dR"] / torch.cat([r["dR"] for r in rolls]).mean()
     rho = torch.exp(rolls[1]["d"].square().mean(1) - (dv + rolls[1]["d"]).square().mean(1))
-    slope = dR.abs() / clip * (rho - 1) - dR  # of the loss with respect to rho
+    slope = dR / clip * (rho - 1) - dR  # of the loss with respect to rho
     expected = (slope * rho)[:, None] * -2 / len(w) * (dv + rolls[1]["d"])
     assert (rho - 1).abs().max() > clip
     torch.testing.assert_close(layer.B.grad[:, 0], expected.mean(0))
@@ -283,10 +302,10 @@ def test_churn_keeps_the_marginals(churn):
 def test_every_micro_batch_has_noise_of_its_own():
     problem, (eps, cond) = small_problem(batch=4), draw(2)
     eps, cond = eps.repeat(3, 1), cond.repeat(3)  # three micro-batches of the same two groups
-    records = fdflow.roll_out(problem, eps, cond, torch.Generator().manual_seed(0), 0.05, 2, None)
+    records = fdflow.roll_out(problem, eps, cond, torch.Generator().manual_seed(0), 0.05, 2, 1, None)
     first, second, third = (record["steps"][0][2] for record in records)
     assert not torch.isclose(first, second).any() and not torch.isclose(second, third).any()
-    again = fdflow.roll_out(problem, eps, cond, torch.Generator().manual_seed(0), 0.05, 2, None)
+    again = fdflow.roll_out(problem, eps, cond, torch.Generator().manual_seed(0), 0.05, 2, 1, None)
     assert torch.equal(again[2]["steps"][0][2], third)
 
 

@@ -20,6 +20,7 @@ import errors
 import sample
 import train
 from adapters import attention_layers, load_lora, save_lora
+from evaluation import Counted
 from fdflow import LoRA, Problem, central_difference, fdfo, random_seeds, spsa
 from flows import load_flow
 from models import MODELS, TINY
@@ -339,10 +340,16 @@ def test_a_pair_costs_its_steps_and_no_more(folders, monkeypatch):
     fdfo(problem, flow.noise(range(pairs)), cond, torch.Generator().manual_seed(0), train_steps=2)
     assert calls[False] == 2 * 5 * pairs
     # two points in time may fall into one step, which then is trained once
-    assert 2 * pairs <= calls[True] <= 2 * 2 * pairs
+    assert pairs <= calls[True] <= 2 * pairs
     calls[False] = calls[True] = 0
-    fdfo(problem, flow.noise(range(pairs)), cond, torch.Generator().manual_seed(0))
+    fdfo(problem, flow.noise(range(pairs)), cond, torch.Generator().manual_seed(0), branches=4)
+    assert calls == {False: 4 * 5 * pairs, True: 5 * pairs}
+    calls[False] = calls[True] = 0
+    velocity = Counted(flow.velocity)
+    problem.velocity = velocity
+    fdfo(problem, flow.noise(range(pairs)), cond, torch.Generator().manual_seed(0), train_branches=2)
     assert calls == {False: 2 * 5 * pairs, True: 2 * 5 * pairs}
+    assert velocity.take() == calls[False] + 3 * calls[True] and velocity.take() == 0
 
 
 @pytest.fixture

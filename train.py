@@ -22,7 +22,7 @@ from tqdm import tqdm
 from adapters import attention_layers
 from baselines import backprop, flow_grpo, reinforce, reward_gradient
 from errors import UserError, run
-from evaluation import HeldOut, Scorer, joined, paid_with, rank, statistics
+from evaluation import Counted, HeldOut, Scorer, joined, paid_with, rank, statistics
 from fdflow import LoRA, Problem, central_difference, fdfo, random_seeds, spsa
 from flows import load_flow
 from human import Human
@@ -71,26 +71,21 @@ def parse_args():
     add_model_arguments(parser)
     add("--pairs", type=whole, help="noises an iteration (default: fdfo 32, spsa 128, central 2)")
     add("--branches", type=number(int, 2), help="fdfo, flow-grpo: images of a group (default 2, 8)")
+    add("--train-branches", type=whole, default=1, help="fdfo: how many of a group are trained (default 1)")
     add("--churn", type=positive, help="fdfo: how far they part (default: tiny 0.05, SD3.5 0.0025)")
     add("--train-steps", type=whole, help="fdfo: random steps trained (default: tiny 2, SD3.5 10 of 40)")
     add("--clip", type=positive, help="width of the trust region (default: fdfo 0.03, flow-grpo 0.0001)")
     add("--updates", type=whole, default=1, help="fdfo: optimiser steps per roll-out (default 1)")
     add("--kl", type=number(float, 0), help="fdfo: pull to the base model (default: tiny 1, others 0)")
     add("--shared-noise", action="store_true", help="flow-grpo: the images of a group start from one noise")
-    add(
-        "--noise-level", type=positive, default=0.7, help="flow-grpo, reinforce: of their steps (default 0.7)"
-    )
+    add("--noise-level", type=positive, default=0.7, help="of flow-grpo and reinforce (default 0.7)")
     add("--last-steps", type=whole, help="backprop: steps differentiated (default all)")
     add("--h", type=positive, help="parameter step (default: spsa 0.02, central 0.1)")
     add("--directions", type=whole, default=16, help="spsa: directions an iteration (default 16)")
     add("--coordinates", type=whole, default=32, help="central: parameters an iteration (default 32)")
     add("--lr", type=number(float, 0, 1), help="of AdamW (default: the model's; spsa 0.01, central 0.02)")
     add("--rank", type=whole, help="of the LoRA (default: tiny 8, others 32; spsa and central 1)")
-    add(
-        "--alpha",
-        type=positive,
-        help="scales the LoRA by alpha / rank (default: tiny the rank, others twice)",
-    )
+    add("--alpha", type=positive, help="the LoRA counts alpha / rank (default: tiny rank, others twice rank)")
     add("--name", help="of the run (default: made from the reward)")
     add("--out", default="runs", help="folder of the runs (default runs)")
     add("--eval-every", type=whole, default=20, help="iterations between evaluations (default 20)")
@@ -114,6 +109,8 @@ def parse_args():
         if getattr(args, key, 0) is None:
             setattr(args, key, value)
     args.alpha = args.alpha or model.scale * args.rank
+    if args.estimator == "fdfo" and args.train_branches > args.branches:
+        raise UserError(f"--train-branches {args.train_branches} is more than --branches {args.branches}")
     if args.estimator == "spsa" and args.pairs % args.directions:
         raise UserError(f"--pairs {args.pairs} is not a multiple of --directions {args.directions}")
     return args, model
@@ -161,7 +158,7 @@ def make_estimator(args, step):
     settings = {key: getattr(args, key) for key in keys} | {"step": step}
     if args.estimator == "flow-grpo":
         return partial(flow_grpo, shared_noise=args.shared_noise, level=args.noise_level, **settings)
-    return partial(fdfo, churn=args.churn, **settings)
+    return partial(fdfo, churn=args.churn, train_branches=args.train_branches, **settings)
 
 
 def show(bar, records, trained):
@@ -217,7 +214,8 @@ def main():
     layers = attention_layers(flow.network, few=args.estimator in ("spsa", "central"))
     lora = LoRA(flow.network, layers, args.rank, args.alpha, torch.Generator().manual_seed(args.seed))
     optimizer = torch.optim.AdamW(lora.parameters, args.lr, weight_decay=1e-4)
-    problem = Problem(flow.velocity, Scorer(flow, reward), lora, flow.times, args.batch)
+    velocity = Counted(flow.velocity)
+    problem = Problem(velocity, Scorer(flow, reward), lora, flow.times, args.batch)
     embed = load_clip(tiny, args.device).embed_images
     held_out = HeldOut(flow, len(held_prompts), reward, watched, embed, args)
     pictures, base = held_out()  # before anything is written: a reward that fails shows itself here
@@ -232,7 +230,7 @@ def main():
         records = read_metrics(folder, done)
     elif first:
         folder = new_folder(args)
-    records = records or [{"iteration": 0, "images": 0, **base}]
+    records = records or [{"iteration": 0, "images": 0, "evaluations": 0, **base}]
     if "human" in reward.terms:
         args.save_every = 1  # nobody likes to be asked twice
         print(f"compare the images at {human.open(folder)}", flush=True)
@@ -278,8 +276,9 @@ def main():
         record |= {"seconds": round(time.time() - start, 3), "memory_mb": peak_memory(args.device)}
         last = iteration == args.iterations
         pictures, measured = held_out() if iteration % args.eval_every == 0 or last else (None, {})
+        counts = joined([{"": torch.tensor([[len(interrupted), velocity.take()]])}])[""].sum(0).tolist()
+        stop, record["evaluations"] = counts[0] > 0, records[-1]["evaluations"] + counts[1]
         records.append(record | measured)
-        stop = joined([{"stop": torch.tensor([len(interrupted)])}])["stop"].any()
         if first:
             append_metrics(folder, records[-1])
             if pictures is not None:
