@@ -48,7 +48,9 @@ def measure(args, device, fake):
 
         decode = phases.booked("decoding", flow.decode)
         reward = phases.booked("reward", lambda images: clip.embed_images(images) @ text)
-        problem = Problem(flow.velocity, lambda x, cond: reward(decode(x)), lora, flow.times, args.batch)
+        problem = Problem(
+            flow.velocity, lambda x, cond: reward(decode(x)), lora, flow.train_times, args.batch
+        )
         train = phases.booked("training", fdfo)
         with mock.patch("fdflow.roll_out", phases.booked("sampling", fdflow.roll_out)):
             for _ in range(1 if fake else 2):

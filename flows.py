@@ -33,8 +33,9 @@ class Flow:
     """A diffusers pipeline as a flow; the families below say what differs.
 
     Latents x are float32 [B, C, H / 8, W / 8]; `cond` [B] holds indices into the prompts given to `encode`;
-    `times` is the scheduler's own schedule; guidance > 1 is classifier-free guidance. `network` is the part
-    that is trained, `part` its name in the pipeline, `blocks` the classes of its repeated blocks.
+    `times` is the scheduler's own schedule, `train_times` the same without a last step from below 0.01, which
+    moves nothing. guidance > 1 is classifier-free guidance. `network` is the part that is trained, `part` its
+    name in the pipeline, `blocks` the classes of its repeated blocks.
 
     A family has `embed(prompts, unconditional)`, the tensors that its encoders make of prompts, or of none
     (pipelines return both in turn: text, none, pooled, none), and `predict(x, t, *tensors)`, the velocity.
@@ -58,6 +59,7 @@ class Flow:
         scale = pipe.vae_scale_factor
         self.shape = (self.vae.config.latent_channels, self.height // scale, self.width // scale)
         self.times = self.schedule(args.steps)
+        self.train_times = [t for t in self.times if t == 0 or t > 0.01]
         self.prompts, self.last = [], (None, None)
         if args.checkpointing:
             self.network.enable_gradient_checkpointing()

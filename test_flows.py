@@ -17,6 +17,7 @@ import transformers
 from huggingface_hub.errors import GatedRepoError
 
 import errors
+import fdflow
 import sample
 import train
 from adapters import attention_layers, load_lora, save_lora
@@ -211,6 +212,19 @@ def test_images_are_those_of_the_pipeline(folders, name, steps, guidance, size):
     assert (images[0] - images[1]).abs().mean() > 0.01
     # the same float32 operations in other batches: a hundredth of a pixel level of 1 / 255
     assert (images - theirs).abs().max() < 4e-5
+
+
+def test_roll_outs_leave_out_only_a_step_that_moves_nothing(folders):
+    flow = make_flow(folders["tiny"], steps=4, guidance=1, size="64")
+    assert flow.times[:3] + flow.times[4:] == flow.train_times and len(flow.times) == 5
+    eps, cond = flow.noise([0, 1, 2]), torch.arange(3)
+    with torch.no_grad():
+        images = [
+            flow.decode(fdflow.sample(flow.velocity, eps, cond, times))
+            for times in (flow.times, flow.train_times)
+        ]
+    assert 0 < (images[0] - images[1]).abs().max() < 1 / 255
+    assert make_flow(folders["sd-turbo"], steps=4, guidance=1, size="64").train_times[-2] > 0.2
 
 
 def test_schedule_has_the_shift_of_the_pipeline(folders):

@@ -215,7 +215,7 @@ def main():
     lora = LoRA(flow.network, layers, args.rank, args.alpha, torch.Generator().manual_seed(args.seed))
     optimizer = torch.optim.AdamW(lora.parameters, args.lr, weight_decay=1e-4)
     velocity = Counted(flow.velocity)
-    problem = Problem(velocity, Scorer(flow, reward), lora, flow.times, args.batch)
+    problem = Problem(velocity, Scorer(flow, reward), lora, flow.train_times, args.batch)
     embed = load_clip(tiny, args.device).embed_images
     held_out = HeldOut(flow, len(held_prompts), reward, watched, embed, args)
     pictures, base = held_out()  # before anything is written: a reward that fails shows itself here
