@@ -1,13 +1,10 @@
 """How fast each method learns, on the bundled model: held-out reward against images, evaluations and seconds.
 
-python compare.py                # the methods, tuned alike
+python compare.py                # the methods, tuned alike; runs that are there already are not repeated
 python compare.py sensitivity    # fdfo with other learning rates and churn
-
-Every run is one of train.py, on one thread. Runs that are there already are not repeated, and one that was
-interrupted goes on, so that tables and figures can be made again at any time.
 """
 
-import json
+import math
 import os
 import re
 import subprocess
@@ -20,6 +17,7 @@ import numpy as np
 
 from errors import UserError, run
 from pictures import draw_costs, draw_sensitivity
+from runs import read_metrics
 
 # every run makes 2,048 images, 64 an iteration where nothing else is said
 SHORT = "--iterations 32 --eval-every 8"
@@ -28,10 +26,10 @@ GRPO = f"--estimator flow-grpo {SHORT}"
 PUBLISHED = f"{FDFO} --pairs 32 --branches 2 --train-branches 2 --train-steps 3 --kl 0"
 # name: flags, the learning rates that are tried, and what else is tried
 METHODS = {
-    "fdfo": (FDFO, (0.0005, 0.001, 0.002), "--lr 0.001 --kl 0"),
+    "fdfo": (FDFO, (0.0005, 0.001, 0.002), "--lr 0.001 --kl 3"),
     "fdfo as published": (PUBLISHED, (0.0005, 0.001, 0.002), ""),
     "flow-grpo": (GRPO, (0.0005, 0.001, 0.002), "--lr 0.001 --train-steps 3"),
-    "flow-grpo, same noise": (f"{GRPO} --shared-noise", (0.001, 0.002, 0.003), "--lr 0.001 --train-steps 3"),
+    "flow-grpo, same noise": (f"{GRPO} --shared-noise", (0.001, 0.002, 0.003), "--lr 0.001 --train-steps 1"),
     "reward gradient": (f"--estimator reward-gradient {SHORT}", (0.0001, 0.0002, 0.0005), ""),
     "backprop": (f"--estimator backprop --pairs 64 {SHORT}", (0.0001, 0.0002, 0.0005), ""),
     "spsa": ("--estimator spsa --iterations 8 --eval-every 2", (0.003, 0.01, 0.03), ""),
@@ -42,7 +40,6 @@ SENSITIVITY = {
     "churn": {churn: f"{FDFO} --lr 0.001 --churn {churn}" for churn in (0.002, 0.01, 0.05, 0.3, 2.0)},
 }
 GOALS = ("flow-grpo", "flow-grpo, same noise")
-LOSS = 1.5  # points of clip, three standard errors of such a change
 OTHER = {"aesthetic": "clip", "clip": "aesthetic"}  # what is watched when one is trained
 
 
@@ -52,8 +49,7 @@ def folder(args, flags, reward, seed):
 
 
 def make(args, runs):
-    """Make those of the runs [(flags, reward, seed)] that are not there."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    """Make those of the runs [(flags, reward, seed)] that are not there, each on one core."""
 
     def one(task):
         path, (flags, reward, seed) = folder(args, *task), task
@@ -62,12 +58,12 @@ def make(args, runs):
         command = f"train.py {flags} --reward {reward} --seed {seed} --out {args.out} --name {path.name}"
         command += " --resume" * path.exists()
         print(f"python {command}", flush=True)
-        command = [sys.executable, *command.split()]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        command, one_core = [sys.executable, *command.split()], os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=one_core, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{path}: {(done.stderr.strip() or 'stopped').splitlines()[-1]}")
 
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(one, runs))
 
 
@@ -75,8 +71,7 @@ def curves(args, flags, reward, seeds):
     """What the runs of some seeds measured: {name: [seeds, evaluations on held-out prompts]}."""
     found = []
     for seed in seeds:
-        lines = (folder(args, flags, reward, seed) / "metrics.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
+        records = read_metrics(folder(args, flags, reward, seed), math.inf)
         seconds = np.cumsum([record.get("seconds", 0) for record in records])
         found.append([{**r, **r["change"], "seconds": s} for r, s in zip(records, seconds) if "change" in r])
     names = ["images", "evaluations", "seconds", "gain", *found[0][0]["change"]]
@@ -84,9 +79,9 @@ def curves(args, flags, reward, seeds):
 
 
 def tune(args):
-    """Sweep every method on `aesthetic` with seed 0; returns {method: its best flags} and a table.
+    """Sweep every method on `aesthetic`, seed 0; returns {method: its best flags} and a table.
 
-    Best is the largest gain of the trials that lost less than LOSS of clip, or else the smallest loss.
+    Best is the largest `aesthetic + 0.2*clip`, so that no method wins by spoiling the fit to the prompt.
     """
     trials = {}
     for name, (flags, rates, other) in METHODS.items():
@@ -94,62 +89,52 @@ def tune(args):
     make(args, [(trial, "aesthetic", 0) for trial in sum(trials.values(), [])])
     best, lines = {}, ["| method | trial | aesthetic | clip |", "|---|---|---|---|"]
     for name in METHODS:
-        ends = {}
-        for trial in trials[name]:
-            c = curves(args, trial, "aesthetic", [0])
-            ends[trial] = min(c["clip"][0, -1] + LOSS, 0), c["gain"][0, -1], c["clip"][0, -1]
-        best[name] = max(ends, key=ends.get)
-        for trial, (_, gain, clip) in ends.items():
-            chosen = "**" * (trial == best[name])
-            flags = trial.removeprefix(METHODS[name][0])
-            lines.append(f"| {name} | {chosen}{flags.strip()}{chosen} | {gain:+.2f} | {clip:+.2f} |")
+        ends = {trial: curves(args, trial, "aesthetic", [0]) for trial in trials[name]}
+        ends = {trial: (c["aesthetic"][0, -1], c["clip"][0, -1]) for trial, c in ends.items()}
+        best[name] = max(ends, key=lambda trial: ends[trial][0] + 0.2 * ends[trial][1])  # noqa: B023
+        for trial, (aesthetic, clip) in ends.items():
+            mark, flags = "**" * (trial == best[name]), trial.removeprefix(METHODS[name][0]).strip()
+            lines.append(f"| {name} | {mark}{flags}{mark} | {aesthetic:+.2f} | {clip:+.2f} |")
     return best, lines
 
 
 def reach(c, goal):
     """What runs have spent and changed, {name: number}, when their mean gain is first `goal`; or None."""
-    gain = c["gain"].mean(0)
-    if gain.max() < goal:
-        return None
-    i = max(1, np.argmax(gain >= goal))
-    share = (goal - gain[i - 1]) / (gain[i] - gain[i - 1])
-    return {name: (1 - share) * v.mean(0)[i - 1] + share * v.mean(0)[i] for name, v in c.items()}
+    gain, points = np.maximum.accumulate(c["gain"].mean(0)), np.arange(c["gain"].shape[1])
+    at = np.interp(goal, gain, points)
+    return {name: np.interp(at, points, v.mean(0)) for name, v in c.items()} if gain[-1] >= goal else None
 
 
 def table(measured, reward):
     """A table of {method: its runs}: where they end, and what they need to get where GOALS do."""
-    other, costs = OTHER[reward], ("images", "evaluations", "seconds")
+    other = OTHER[reward]
+    cells = {"images": ",.0f", "evaluations": ",.0f", "seconds": ",.0f", other: "+.2f", "diversity": "+.3f"}
     lines = [f"| {reward} | gain | {other} |", "|---|---|---|"]
     for goal in GOALS:
-        lines[0] += f" to the end of {goal}: images | evaluations | seconds | {other} | diversity |"
-        lines[1] += "---|" * 5
+        lines[0] += f" to the end of {goal}: {' | '.join(cells)} |"
+        lines[1] += "---|" * len(cells)
     for name, c in measured.items():
         end = c["gain"][:, -1]
-        cells = [name, f"{end.mean():+.2f} ± {end.std():.2f}", f"{c[other][:, -1].mean():+.2f}"]
+        lines.append(f"| {name} | {end.mean():+.2f} ± {end.std():.2f} | {c[other][:, -1].mean():+.2f} |")
         for goal in GOALS:
             at = reach(c, measured[goal]["gain"].mean(0)[-1])
-            cells += [f"{at[k]:,.0f}" for k in costs] if at else ["never", "", ""]
-            cells += [f"{at[other]:+.2f}", f"{at['diversity']:+.3f}"] if at else ["", ""]
-        lines.append(f"| {' | '.join(cells)} |")
+            row = [f"{at[k]:{form}}" for k, form in cells.items()] if at else ["never", *[""] * 4]
+            lines[-1] += f" {' | '.join(row)} |"
     return lines
 
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("study", nargs="?", choices=("methods", "sensitivity"), default="methods")
-    add("--out", default="runs/compare", help="folder of the runs (default runs/compare)")
-    add("--jobs", type=int, default=2, help="runs at a time (default 2)")
-    add("--seeds", type=int, default=3, help="runs of each method, the sweep's among them (default 3)")
+    parser.add_argument("study", nargs="?", choices=("methods", "sensitivity"), default="methods")
+    parser.add_argument("--out", default="runs/compare", help="folder of the runs (default runs/compare)")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="runs of each, the sweep's among them (default 3)"
+    )
     args = parser.parse_args()
     picture = Path(args.out, f"{args.study}.png")
     if args.study == "sensitivity":
         make(args, [(flags, "aesthetic", 0) for trials in SENSITIVITY.values() for flags in trials.values()])
-        draw_sensitivity(picture, {
-            knob: {value: curves(args, flags, "aesthetic", [0]) for value, flags in trials.items()}
-            for knob, trials in SENSITIVITY.items()
-        })  # fmt: skip
-        return
+        return draw_sensitivity(picture, SENSITIVITY, lambda flags: curves(args, flags, "aesthetic", [0]))
     best, lines = tune(args)
     seeds = range(args.seeds)
     make(args, [(flags, reward, seed) for reward in OTHER for seed in seeds for flags in best.values()])

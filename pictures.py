@@ -117,16 +117,20 @@ def draw_costs(path, measured, other):
     plt.close(figure)
 
 
-def draw_sensitivity(path, measured):
-    """Draw where runs end, {knob: {value: {name: [1, points]}}}: gain and change in clip against the knob."""
+def draw_sensitivity(path, knobs, curves):
+    """Draw where the runs of knobs {name: {value: flags}} end: gain and change in clip against the value.
+
+    curves: flags -> {name: [1, points]}.
+    """
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(
-        2, len(measured), figsize=(9, 5), sharex="col", sharey="row", layout="constrained"
+        2, len(knobs), figsize=(9, 5), sharex="col", sharey="row", layout="constrained"
     )
-    for column, (knob, runs) in zip(axes.T, measured.items()):
+    for column, (knob, trials) in zip(axes.T, knobs.items()):
+        runs = [curves(flags) for flags in trials.values()]
         for axis, name in zip(column, ("gain", "clip")):
-            axis.semilogx(list(runs), [c[name][0, -1] for c in runs.values()], "o-")
+            axis.semilogx(list(trials), [c[name][0, -1] for c in runs], "o-")
             axis.axhline(0, color="grey", lw=0.5)
         column[1].set_xlabel(knob)
     axes[0, 0].set_ylabel("gain in aesthetic, trained")

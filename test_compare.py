@@ -1,0 +1,93 @@
+"""The comparison: what is run, what is chosen, and what the table says, with runs that are written by hand."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import compare
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Two methods whose gains are known; returns the commands that were run."""
+    commands = []
+
+    def train(command, env, **options):
+        flag = dict(zip(command, command[1:]))
+        folder = tmp_path / "runs" / flag["--name"]
+        commands.append((flag["--name"], "--resume" in command))
+        folder.mkdir(parents=True, exist_ok=True)
+        rate, seed = float(flag["--lr"]), int(flag["--seed"])
+        slope = {"fast": 2, "slow": 1}[flag["--estimator"]] * rate + 0.1 * seed
+        records = [
+            {
+                "iteration": i,
+                "images": 100 * i,
+                "evaluations": 700 * i,
+                "seconds": 3 * (i > 0),
+                "gain": slope * i,
+            }
+            | {"change": {"aesthetic": slope * i, "clip": -2 * i * (rate > 1.5), "diversity": -0.01 * i}}
+            for i in range(5)
+        ]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+        (folder / "report.png").write_bytes(b"")
+        assert env["OMP_NUM_THREADS"] == "1"
+        return SimpleNamespace(returncode=int(rate == 9), stderr="first\ntrain.py: why")
+
+    monkeypatch.setattr(compare.subprocess, "run", train)
+    methods = {
+        "ours": ("--estimator fast", (1.0, 2.0), ""),
+        "flow-grpo": ("--estimator slow", (0.5,), "--lr 1"),
+    }
+    monkeypatch.setattr(compare, "METHODS", methods)
+    monkeypatch.setattr(compare, "GOALS", ("flow-grpo",))
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--out", str(tmp_path / "runs"), "--seeds", "2"])
+    return commands
+
+
+def test_the_table_says_what_the_runs_say(study, tmp_path):
+    compare.main()
+    # 4 trials with seed 0, of which two are chosen; another seed of these, and both seeds on the other reward
+    assert len(study) == len(set(study)) == 4 + 2 + 4
+    lines = (tmp_path / "runs" / "methods.md").read_text().splitlines()
+    # the rate of 2 gains 16 and loses 8 of clip: 16 - 0.2 * 8 is still the best; the rates 1 and 0.5 lose none
+    assert (
+        "| ours | **--lr 2.0** | +16.00 | -8.00 |" in lines and "| ours | --lr 1.0 | +8.00 | +0.00 |" in lines
+    )
+    assert "| flow-grpo | **--lr 1** | +4.00 | +0.00 |" in lines
+    # ours gains 4 and 4.1 a point, flow-grpo 1 and 1.1: to its 4.2 after 4 points ours needs 4.2 / 4.05 of one
+    ours = next(line for line in lines if line.startswith("| ours | +16.2"))
+    share = 4.2 / 4.05
+    assert ours == (
+        f"| ours | +16.20 ± 0.20 | -8.00 | {100 * share:.0f} | {700 * share:.0f} | {3 * share:.0f} | "
+        f"{-2 * share:+.2f} | {-0.01 * share:+.3f} |"
+    )
+    assert (tmp_path / "runs" / "methods.png").stat().st_size > 10_000
+    done = list(study)
+    compare.main()
+    assert study == done  # nothing is run twice
+    (tmp_path / "runs" / done[0][0] / "report.png").unlink()
+    compare.main()
+    assert study[len(done) :] == [(done[0][0], True)]  # interrupted: it goes on
+
+
+def test_what_is_never_reached_and_what_fails(study, tmp_path, monkeypatch):
+    goal = compare.np.array([[0.0, 1.0, 0.5, 2.0]])
+    assert compare.reach({"gain": goal}, 2.5) is None
+    assert compare.reach({"gain": goal, "images": goal * 0 + [0, 10, 20, 30]}, 1.5)[
+        "images"
+    ] == pytest.approx(20 + 10 * 0.5, abs=5)
+    monkeypatch.setitem(compare.METHODS, "ours", ("--estimator fast", (9,), ""))
+    with pytest.raises(compare.UserError, match="train.py: why"):
+        compare.main()
+
+
+def test_the_sensitivity_is_drawn(study, tmp_path, monkeypatch):
+    knobs = {"learning rate": {rate: f"--estimator fast --lr {rate}" for rate in (0.1, 1.0)}}
+    monkeypatch.setattr(compare, "SENSITIVITY", knobs | {"churn": knobs["learning rate"]})
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:3], "sensitivity"])
+    compare.main()
+    assert len(study) == 2 and (tmp_path / "runs" / "sensitivity.png").stat().st_size > 5_000
