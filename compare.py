@@ -22,15 +22,15 @@ from runs import read_metrics
 # every run makes 2,048 images, 64 an iteration where nothing else is said
 SHORT = "--iterations 32 --eval-every 8"
 FDFO = f"--estimator fdfo {SHORT}"
-GRPO = f"--estimator flow-grpo {SHORT}"
+GRPO = f"--estimator flow-grpo --train-steps 2 {SHORT}"
 PUBLISHED = f"{FDFO} --pairs 32 --branches 2 --train-branches 2 --train-steps 3 --kl 0"
 # name: flags, the learning rates that are tried, and what else is tried
 METHODS = {
-    "fdfo": (FDFO, (0.0005, 0.001, 0.002), "--lr 0.001 --kl 3"),
+    "fdfo": (FDFO, (0.0005, 0.001, 0.002), "--lr 0.001 --train-steps 2"),
     "fdfo as published": (PUBLISHED, (0.0005, 0.001, 0.002), ""),
     "flow-grpo": (GRPO, (0.0005, 0.001, 0.002), "--lr 0.001 --train-steps 3"),
     "flow-grpo, same noise": (f"{GRPO} --shared-noise", (0.001, 0.002, 0.003), "--lr 0.001 --train-steps 1"),
-    "reward gradient": (f"--estimator reward-gradient {SHORT}", (0.0001, 0.0002, 0.0005), ""),
+    "reward gradient": (f"--estimator reward-gradient --train-steps 2 {SHORT}", (0.0001, 0.0002, 0.0005), ""),
     "backprop": (f"--estimator backprop --pairs 64 {SHORT}", (0.0001, 0.0002, 0.0005), ""),
     "spsa": ("--estimator spsa --iterations 8 --eval-every 2", (0.003, 0.01, 0.03), ""),
     "central": ("--estimator central --iterations 16 --eval-every 4", (0.01, 0.02, 0.05), ""),

@@ -33,23 +33,23 @@ class Model:
     churn: float = 0.0025
     train_steps: int | None = None  # steps trained of each trajectory; None is all
     kl: float = 0  # pull to the base model
-    batch: int = 6  # images in one network call
+    batch: int = 12  # images in one network call
     tokens: int = 256  # of the T5 encoder, or zeros in its place
 
 
 TINY_PATH = str(TINY / "tiny-sd3")
-TURBO = {"steps": 4, "churn": 0.025, "batch": 8}
+TURBO = {"steps": 4, "churn": 0.025, "batch": 16}
 MODELS = {
-    "tiny": Model(TINY_PATH, 4, "64", 1, 5e-4, 8, 1, 0.05, train_steps=2, kl=1, batch=64, tokens=1),
+    "tiny": Model(TINY_PATH, 4, "64", 1, 5e-4, 8, 1, 0.05, train_steps=1, kl=1, batch=64, tokens=1),
     "sd3": Model("stabilityai/stable-diffusion-3-medium-diffusers", 28, train_steps=7),
     "sd3.5": Model("stabilityai/stable-diffusion-3.5-medium", 40, train_steps=10),
-    "sd3.5-large": Model("stabilityai/stable-diffusion-3.5-large", 40, train_steps=10, batch=4),
+    "sd3.5-large": Model("stabilityai/stable-diffusion-3.5-large", 40, train_steps=10, batch=8),
     "sd-turbo": Model("stabilityai/sd-turbo", **TURBO),
     "sd1.5": Model("stable-diffusion-v1-5/stable-diffusion-v1-5", 20, guidance=5, train_steps=5),
     "sdxl-turbo": Model("stabilityai/sdxl-turbo", **TURBO),
-    "sdxl": Model("stabilityai/stable-diffusion-xl-base-1.0", 30, "1024", 5, train_steps=8, batch=2),
-    "flux-schnell": Model("black-forest-labs/FLUX.1-schnell", 4, churn=0.025, batch=4),
-    "flux-dev": Model("black-forest-labs/FLUX.1-dev", 28, guidance=3.5, train_steps=7, batch=4, tokens=512),
+    "sdxl": Model("stabilityai/stable-diffusion-xl-base-1.0", 30, "1024", 5, train_steps=8, batch=4),
+    "flux-schnell": Model("black-forest-labs/FLUX.1-schnell", 4, churn=0.025, batch=8),
+    "flux-dev": Model("black-forest-labs/FLUX.1-dev", 28, guidance=3.5, train_steps=7, batch=8, tokens=512),
 }
 # a model that is not in the table gets what suits one of its class that is
 LIKE = {

@@ -78,7 +78,7 @@ def add_model_arguments(parser):
         choices=["float32", "bfloat16"],
         help="of the model (default: bfloat16 on cuda, else float32)",
     )
-    add("--batch", type=number(int, 1), help="images in one network call (default: tiny 64, SD3.5 6)")
+    add("--batch", type=number(int, 1), help="images in one network call (default: tiny 64, SD3.5 12)")
     add("--compile", action="store_true", help="compile the network's blocks: a slow start, then faster")
     add("--checkpointing", action="store_true", help="compute twice what training would store: less memory")
 

@@ -73,7 +73,7 @@ def parse_args():
     add("--branches", type=number(int, 2), help="fdfo, flow-grpo: images of a group (default 2, 8)")
     add("--train-branches", type=whole, default=1, help="fdfo: how many of a group are trained (default 1)")
     add("--churn", type=positive, help="fdfo: how far they part (default: tiny 0.05, SD3.5 0.0025)")
-    add("--train-steps", type=whole, help="fdfo: random steps trained (default: tiny 2, SD3.5 10 of 40)")
+    add("--train-steps", type=whole, help="fdfo: random steps trained (default: tiny 1, SD3.5 10 of 40)")
     add("--clip", type=positive, help="width of the trust region (default: fdfo 0.03, flow-grpo 0.0001)")
     add("--updates", type=whole, default=1, help="fdfo: optimiser steps per roll-out (default 1)")
     add("--kl", type=number(float, 0), help="fdfo: pull to the base model (default: tiny 1, others 0)")
