@@ -1,6 +1,7 @@
 """How fast each method learns, on the bundled model: held-out reward against images, evaluations and seconds.
 
 python compare.py                # the methods, tuned alike; runs that are there already are not repeated
+python compare.py others         # where gradients of the reward, SPSA and central differences stand
 python compare.py sensitivity    # fdfo with other learning rates and churn
 """
 
@@ -19,26 +20,28 @@ from errors import UserError, run
 from pictures import draw_costs, draw_sensitivity
 from runs import read_metrics
 
-# every run makes 2,048 images, 64 an iteration where nothing else is said
-SHORT = "--iterations 32 --eval-every 8"
-FDFO = f"--estimator fdfo {SHORT}"
+# about 18,000 network evaluations each: 3,584 images of fdfo, 2,048 of most others
+SHORT, LONG = "--iterations 32 --eval-every 8", "--iterations 56 --eval-every 8"
 GRPO = f"--estimator flow-grpo --train-steps 2 {SHORT}"
-PUBLISHED = f"{FDFO} --pairs 32 --branches 2 --train-branches 2 --train-steps 3 --kl 0"
+PUBLISHED = f"--estimator fdfo {SHORT} --pairs 32 --branches 2 --train-branches 2 --train-steps 3 --kl 0"
 METHODS = {  # name: flags, and the learning rates that are tried
-    "fdfo": (FDFO, 0.0005, 0.001, 0.002),
+    "fdfo": (f"--estimator fdfo {LONG}", 0.0005, 0.001, 0.002),
     "fdfo as published": (PUBLISHED, 0.0005, 0.001),
     "flow-grpo": (GRPO, 0.001, 0.002),
     "flow-grpo, same noise": (f"{GRPO} --shared-noise", 0.001, 0.002),
-    "reward gradient": (f"--estimator reward-gradient --train-steps 2 {SHORT}", 0.0002, 0.0005),
-    "backprop": (f"--estimator backprop --pairs 64 {SHORT}", 0.0002, 0.0005),
-    "spsa": ("--estimator spsa --iterations 8 --eval-every 2", 0.003, 0.01),
-    "central": ("--estimator central --iterations 16 --eval-every 4", 0.02, 0.05),
 }
+OTHERS = {
+    "fdfo": (f"--estimator fdfo {LONG}", 0.001),
+    "reward gradient": (f"--estimator reward-gradient --train-steps 2 {SHORT}", 0.0002),
+    "backprop": (f"--estimator backprop --pairs 64 {SHORT}", 0.0002),
+    "spsa": ("--estimator spsa --iterations 8 --eval-every 2", 0.003),
+    "central": ("--estimator central --iterations 16 --eval-every 4", 0.02),
+}
+STUDIES = {"methods": (METHODS, ("flow-grpo", "flow-grpo, same noise")), "others": (OTHERS, ("fdfo",))}
 SENSITIVITY = {
-    "learning rate": {rate: f"{FDFO} --lr {rate}" for rate in (0.0001, 0.0003, 0.001, 0.003, 0.01)},
-    "churn": {churn: f"{FDFO} --lr 0.001 --churn {churn}" for churn in (0.002, 0.01, 0.05, 0.3, 2.0)},
+    "lr": {x: f"--estimator fdfo {SHORT} --lr {x}" for x in (0.00025, 0.0005, 0.001, 0.002, 0.004)},
+    "churn": {x: f"--estimator fdfo {SHORT} --lr 0.001 --churn {x}" for x in (0.002, 0.01, 0.05, 0.3, 2.0)},
 }
-GOALS = ("flow-grpo", "flow-grpo, same noise")
 WEIGHT = {"aesthetic": 1, "clip": 0.2}  # the rewards that are trained, weighted as in the README
 OTHER = {"aesthetic": "clip", "clip": "aesthetic"}  # what is watched when one is trained
 
@@ -78,16 +81,15 @@ def curves(args, flags, reward, seeds):
     return {name: np.array([[record[name] for record in records] for records in found]) for name in names}
 
 
-def tune(args):
-    """Sweep the learning rate with seed 0; returns {method: its best flags} and a table.
+def tune(args, methods):
+    """Sweep the learning rates of methods with seed 0; returns {method: its best flags} and a table.
 
     Best is the largest sum of what is gained on each reward when it is trained, times its WEIGHT.
     """
-    trials = [f"{flags} --lr {rate}" for flags, *rates in METHODS.values() for rate in rates]
+    trials = [f"{flags} --lr {rate}" for flags, *rates in methods.values() for rate in rates]
     make(args, [(trial, reward, 0) for reward in WEIGHT for trial in trials])
-    lines = ["| method | learning rate | aesthetic: gain | clip | clip: gain | aesthetic |", "|---" * 6 + "|"]
-    best = {}
-    for name, (flags, *rates) in METHODS.items():
+    best, lines = {}, ["| method | lr | aesthetic: gain | clip | clip: gain | aesthetic |", "|---" * 6 + "|"]
+    for name, (flags, *rates) in methods.items():
         runs = {rate: {r: curves(args, f"{flags} --lr {rate}", r, [0]) for r in WEIGHT} for rate in rates}
         score = {rate: sum(w * c[r][r][0, -1] for r, w in WEIGHT.items()) for rate, c in runs.items()}
         best[name] = f"{flags} --lr {max(score, key=score.get)}"
@@ -105,18 +107,18 @@ def reach(c, goal):
     return {name: np.interp(at, points, v.mean(0)) for name, v in c.items()} if gain[-1] >= goal else None
 
 
-def table(measured, reward):
-    """A table of {method: its runs}: where they end, and what they need to get where GOALS do."""
+def table(measured, reward, goals):
+    """A table of {method: its runs}: where they end, and what they need to get where the `goals` do."""
     other = OTHER[reward]
     cells = {"images": ",.0f", "evaluations": ",.0f", "seconds": ",.0f", other: "+.2f", "diversity": "+.3f"}
     lines = [f"| {reward} | gain | {other} |", "|---|---|---|"]
-    for goal in GOALS:
+    for goal in goals:
         lines[0] += f" to the end of {goal}: {' | '.join(cells)} |"
         lines[1] += "---|" * len(cells)
     for name, c in measured.items():
         end = c["gain"][:, -1]
         lines.append(f"| {name} | {end.mean():+.2f} ± {end.std():.2f} | {c[other][:, -1].mean():+.2f} |")
-        for goal in GOALS:
+        for goal in goals:
             at = reach(c, measured[goal]["gain"].mean(0)[-1])
             row = [f"{at[k]:{form}}" for k, form in cells.items()] if at else ["never", *[""] * 4]
             lines[-1] += f" {' | '.join(row)} |"
@@ -125,22 +127,20 @@ def table(measured, reward):
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("study", nargs="?", choices=("methods", "sensitivity"), default="methods")
+    parser.add_argument("study", nargs="?", choices=(*STUDIES, "sensitivity"), default="methods")
     parser.add_argument("--out", default="runs/compare", help="folder of the runs (default runs/compare)")
-    parser.add_argument(
-        "--seeds", type=int, default=3, help="runs of each, the sweep's among them (default 3)"
-    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default 3)")
     args = parser.parse_args()
     picture = Path(args.out, f"{args.study}.png")
     if args.study == "sensitivity":
         make(args, [(flags, "aesthetic", 0) for trials in SENSITIVITY.values() for flags in trials.values()])
         return draw_sensitivity(picture, SENSITIVITY, lambda flags: curves(args, flags, "aesthetic", [0]))
-    best, lines = tune(args)
-    seeds = range(args.seeds)
+    (methods, goals), seeds = STUDIES[args.study], range(args.seeds)
+    best, lines = tune(args, methods)
     make(args, [(flags, reward, seed) for reward in WEIGHT for seed in seeds for flags in best.values()])
     measured = {r: {name: curves(args, flags, r, seeds) for name, flags in best.items()} for r in WEIGHT}
     for reward in WEIGHT:
-        lines += ["", *table(measured[reward], reward)]
+        lines += ["", *table(measured[reward], reward, goals)]
     draw_costs(picture, measured, OTHER)
     picture.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print(*lines, f"see {picture}", sep="\n")

@@ -42,8 +42,7 @@ def study(tmp_path, monkeypatch):
 
     monkeypatch.setattr(compare.subprocess, "run", train)
     methods = {"ours": ("--estimator fast", 1.0, 2.0), "flow-grpo": ("--estimator slow", 0.5, 1.0)}
-    monkeypatch.setattr(compare, "METHODS", methods)
-    monkeypatch.setattr(compare, "GOALS", ("flow-grpo",))
+    monkeypatch.setattr(compare, "STUDIES", {"methods": (methods, ("flow-grpo",))})
     monkeypatch.setattr(sys, "argv", ["compare.py", "--out", str(tmp_path / "runs"), "--seeds", "2"])
     return commands
 
@@ -79,7 +78,7 @@ def test_what_is_never_reached_and_what_fails(study, tmp_path, monkeypatch):
     assert compare.reach({"gain": goal, "images": goal * 0 + [0, 10, 20, 30]}, 1.5)[
         "images"
     ] == pytest.approx(20 + 10 * 0.5, abs=5)
-    monkeypatch.setitem(compare.METHODS, "ours", ("--estimator fast", 9))
+    monkeypatch.setitem(compare.STUDIES["methods"][0], "ours", ("--estimator fast", 9))
     with pytest.raises(compare.UserError, match="train.py: why"):
         compare.main()
 
