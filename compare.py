@@ -37,7 +37,7 @@ OTHERS = {
     "spsa": ("--estimator spsa --iterations 8 --eval-every 2", 0.003),
     "central": ("--estimator central --iterations 16 --eval-every 4", 0.02),
 }
-STUDIES = {"methods": (METHODS, ("flow-grpo", "flow-grpo, same noise")), "others": (OTHERS, ("fdfo",))}
+STUDIES = {"methods": (METHODS, list(METHODS)[1:]), "others": (OTHERS, ["fdfo"])}
 SENSITIVITY = {
     "lr": {x: f"--estimator fdfo {SHORT} --lr {x}" for x in (0.00025, 0.0005, 0.001, 0.002, 0.004)},
     "churn": {x: f"--estimator fdfo {SHORT} --lr 0.001 --churn {x}" for x in (0.002, 0.01, 0.05, 0.3, 2.0)},

@@ -110,7 +110,10 @@ def draw_costs(path, measured, other):
             for axis, (cost, label) in zip(row, costs.items()):
                 x = c[cost].mean(0)
                 (line,) = axis.plot(x, mean, ".-", label=method)
-                axis.fill_between(x, mean - spread, mean + spread, color=line.get_color(), alpha=0.15, lw=0)
+                if cost in ("images", "evaluations", "seconds"):  # the others may turn back
+                    axis.fill_between(
+                        x, mean - spread, mean + spread, color=line.get_color(), alpha=0.15, lw=0
+                    )
                 axis.set_xlabel(label)
     axes[0, 0].legend(fontsize="small")
     figure.savefig(path, dpi=70)
