@@ -135,6 +135,8 @@ def draw_sensitivity(path, knobs, curves):
         for axis, name in zip(column, ("gain", "clip")):
             axis.semilogx(list(trials), [c[name][0, -1] for c in runs], "o-")
             axis.axhline(0, color="grey", lw=0.5)
+            axis.set_xticks(list(trials), [f"{value:g}" for value in trials])
+            axis.minorticks_off()
         column[1].set_xlabel(knob)
     axes[0, 0].set_ylabel("gain in aesthetic, trained")
     axes[1, 0].set_ylabel("change in clip, watched")
