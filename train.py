@@ -277,7 +277,7 @@ def main():
         last = iteration == args.iterations
         pictures, measured = held_out() if iteration % args.eval_every == 0 or last else (None, {})
         counts = joined([{"": torch.tensor([[len(interrupted), velocity.take()]])}])[""].sum(0).tolist()
-        stop, record["evaluations"] = counts[0] > 0, records[-1]["evaluations"] + counts[1]
+        stop, record["evaluations"] = counts[0] > 0, records[-1].get("evaluations", 0) + counts[1]
         records.append(record | measured)
         if first:
             append_metrics(folder, records[-1])
