@@ -1,55 +1,60 @@
-"""Finite-difference post-training of flow models: sampler, LoRA and three estimators, in plain PyTorch.
+"""Finite-difference post-training of flow models: sampler, LoRA, three gradient estimators, in plain PyTorch.
 
 The method is that of McAllister et al., "Finite Difference Flow Optimization for RL Post-Training of
-Text-to-Image Models" (arXiv:2603.12893). Copy this file into your project: it imports nothing of ours.
+Text-to-Image Models" (arXiv:2603.12893). Copy this file into your project: it imports nothing of ours. In two
+dimensions `python -m studies.toy` shows it all.
 
-Time t runs from 1 (noise) to 0 (image): x_t = (1 - t) x_0 + t eps. The model predicts the velocity
-v(x_t, t, cond) = dx/dt = eps - x_0, so the image estimate at any time is x_0 = x_t - t v. `cond` is any
-tensor with one row per image (in train.py the index of its prompt). `python toy.py` shows it all in 2-D.
+    t, s   times, from 1 (noise) to 0 (image); a step goes from t to s < t
+    eps    standard normal noise; x_t = (1 - t) x_0 + t eps
+    v      the velocity dx/dt = eps - x_0, which the model predicts from x_t, t and cond; x_0 = x_t - t v
+    cond   what the image is to show, one row an image (in train.py the index of its prompt)
+    theta  the P numbers that are trained, those of a LoRA
+    R      the reward of an image; J(theta), its mean over noise and prompts, is to rise
+    G, K   groups and branches: a group is the K branches, images sampled from one noise (K = 2: a pair)
+    g      an estimate of a gradient: of J with respect to theta [P], or of R with respect to x_0 (FDFO)
 """
 
 import math
-from bisect import bisect
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 
-def churned_step(x, v, t, s, churn=0.0, generator=None):
-    """One step of the flow ODE from time t to s <= t that arrives at the right noise level, with fresh noise.
+def churned_step(x, v, t, s, churn=0.0, noise=torch.randn_like):
+    """One step of the flow ODE from time t to s <= t, with fresh noise (Karras et al. 2022, algorithm 2).
 
     It overshoots to r < s and adds back the noise that was removed too much: the noise level r / (1 - r),
-    multiplied by (1 + churn), is exactly s / (1 - s), so x_s is distributed as after a plain step.
-    churn = 0 is Euler. x, v: [B, ...]. Returns x_s [B, ...]. After Karras et al. 2022, algorithm 2.
+    multiplied by (1 + churn), is exactly s / (1 - s), so x_s is distributed as after a plain step. churn = 0
+    is Euler. x, v: [B, ...]; noise: x -> normal noise of its shape. Returns x_s [B, ...].
     """
     r = s / (1 + churn * (1 - s))
-    x = x + (r - t) * v
-    if churn == 0 or s == 0:
-        return x
-    xi = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    return (x + r * math.sqrt((1 + churn) ** 2 - 1) * xi) / (1 + churn * r)
+    x_r = x + (r - t) * v
+    if churn == 0 or s == 0:  # no noise may be left in the image
+        return x_r
+    return (x_r + r * math.sqrt((1 + churn) ** 2 - 1) * noise(x)) / (1 + churn * r)
 
 
-def sample(velocity, eps, cond, times, churn=0.0, generator=None, trajectory=None):
-    """Integrate the flow ODE from noise to image latents x_0 [B, ...].
+def sample(velocity, eps, cond, times, churn=0.0, noise=torch.randn_like, trajectory=None):
+    """Integrate the flow ODE from noise eps [B, ...] to image latents x_0 [B, ...].
 
-    velocity: (x [B, ...], t float, cond [B, ...]) -> v [B, ...]. eps: standard normal noise [B, ...].
     times: decreasing floats, from 1 at most down to 0, one more than there are steps. churn: strength >= 0 at
-    every step and on the starting noise. trajectory: a list that receives (t, x_t, v) of every step.
+    every step and on the starting noise. trajectory: a list that receives (x_t, v) of every step.
     """
-    x = times[0] * churned_step(eps, 0.0, 1.0, 1.0, churn, generator)
+    x = churned_step(eps, 0.0, 1.0, 1.0, churn, noise)  # a step of no length, which stirs the starting noise
+    x = times[0] * x  # some schedules start a little below 1
     for t, s in pairwise(times):
         v = velocity(x, t, cond)
         if trajectory is not None:
-            trajectory.append((t, x, v))
-        x = churned_step(x, v, t, s, churn, generator)
+            trajectory.append((x, v))
+        x = churned_step(x, v, t, s, churn, noise)
     return x
 
 
@@ -57,7 +62,8 @@ class LoRALinear(nn.Module):
     """A frozen linear layer plus (alpha / rank) B A x (Hu et al. 2021); A starts gaussian, B zero.
 
     A [rank, in] and B [out, rank] are float32 (float64 over float64) and compute in the input's dtype.
-    `population`, if set, is (A [K, rank, in], B [K, out, rank]): member k acts on the k-th part of the batch.
+    `population`, if set, is (A [K, rank, in], B [K, out, rank]): its k-th member acts on the k-th part of the
+    batch, so that one pass through the network evaluates K values of theta.
     """
 
     def __init__(self, base, rank, alpha, generator=None):
@@ -69,17 +75,17 @@ class LoRALinear(nn.Module):
         self.B = nn.Parameter(self.A.new_zeros(base.out_features, rank))
 
     def forward(self, x):
-        y = self.base(x)
-        A, B = self.population or (self.A[None], self.B[None])
-        members = x.reshape(len(A), -1, x.shape[-1])
-        hidden, base = members @ A.to(x.dtype).mT, y.view(len(A), -1, y.shape[-1])
-        return torch.baddbmm(base, hidden, B.to(x.dtype).mT, alpha=self.scale).view_as(y)
+        if self.population is None:
+            return self.base(x) + self.scale * (x @ self.A.to(x.dtype).mT) @ self.B.to(x.dtype).mT
+        A, B = (matrix.to(x.dtype).mT for matrix in self.population)  # [K, in, rank], [K, rank, out]
+        members = x.reshape(len(A), -1, x.shape[-1])  # [K, rows of a member, in]
+        return self.base(x) + (self.scale * (members @ A) @ B).view(*x.shape[:-1], -1)
 
 
 class LoRA:
     """Wraps every nn.Linear of `model` whose dotted name ends with one of `targets`, and freezes the rest.
 
-    `layers` maps names to LoRALinears, `parameters` lists all A and B. ValueError if no layer matches.
+    `layers`: names to LoRALinears; `parameters`: all A and B. ValueError if no layer matches.
     """
 
     def __init__(self, model, targets, rank, alpha=None, generator=None):
@@ -100,7 +106,7 @@ class LoRA:
 
     @contextmanager
     def perturbed(self, offsets):
-        """Inside, the k-th part of every batch sees the parameters plus offsets[k], of [K, P]."""
+        """Inside, the k-th part of every batch sees theta + offsets[k], of [K, P]."""
         members = [p.detach() + o for p, o in zip(self.parameters, self.unflatten(offsets))]
         for layer, A, B in zip(self.layers.values(), members[0::2], members[1::2]):
             layer.population = (A, B)
@@ -111,7 +117,7 @@ class LoRA:
                 layer.population = None
 
     def switched_off(self):
-        """Inside, the model is the base model again: all parameters are 0."""
+        """Inside, the model is the base model again: theta is 0."""
         return self.perturbed(-parameters_to_vector(self.parameters).detach()[None])
 
     def add_grad(self, vector):
@@ -120,181 +126,196 @@ class LoRA:
             p.grad = g if p.grad is None else p.grad + g
 
 
-def dealt_out(size, *tensors):
-    """The micro-batches of this process: [(number, rows of each tensor)], at most `size` rows at a time."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    size = max(1, min(size, len(tensors[0]) // world))
-    return list(enumerate(zip(*(tensor.split(size) for tensor in tensors))))[rank::world]
-
-
-def summed(x):
-    """The sum of a tensor over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def random_seeds(n, generator=None):
-    """n numbers below 2^31: seeds that all processes know, whichever of them comes to use one."""
-    device = generator.device if generator else "cpu"
-    return torch.randint(2**31, (n,), generator=generator, device=device).tolist()
-
-
 @dataclass
 class Problem:
     """What is trained, on what reward, and how it is sampled.
 
-    velocity: (x [B, ...], t float, cond [B, ...]) -> v [B, ...], through the layers of `lora`.
-    reward: (x_0 [B, ...], cond [B, ...]) -> R [B], higher is better, NaN where there is none.
-    times: as in `sample`. batch: most images in one call of velocity or reward.
-
-    An estimator takes a Problem and G groups (noise eps [G, ...], cond [G, ...]), leaves minus the gradient
-    of the expected reward in every .grad, from reward values alone, and returns {"images": number}. Under
-    torchrun all processes call it with the same arguments; each does its share and gets the whole gradient.
+    An estimator is a function (problem, noise eps [G, ...], cond [G, ...], generator, options) that adds
+    minus its estimate of dJ/dtheta to every .grad, from rewards alone, and returns how many images it
+    sampled. Under torchrun all processes call it alike; each does its share and gets the whole gradient.
     """
 
-    velocity: Callable
-    reward: Callable
+    velocity: Callable  # (x [B, ...], t a float or [B], cond [B, ...]) -> v [B, ...], through the LoRA
+    reward: Callable  # (x_0 [B, ...], cond [B, ...]) -> R [B], higher is better, NaN where there is none
     lora: LoRA
-    times: list
-    batch: int = 64
+    times: list  # as in `sample`
+    batch: int = 64  # most images in one call of velocity or reward
+    step: Callable = lambda: None  # applies the gradients, for estimators with several updates
+    memory: dict = field(default_factory=dict)  # what an estimator keeps; train.py's checkpoints save it
+
+
+def micro_batches(size, *tensors):
+    """This process's share of the rows of tensors, in even parts of at most `size`: [(part of each, ...)]."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if len(tensors[0]) < world:
+        raise ValueError(f"{world} processes cannot share {len(tensors[0])} parts of the work")
+    shares = [tensor.tensor_split(world)[rank] for tensor in tensors]
+    parts = math.ceil(len(shares[0]) / max(1, size))
+    return list(zip(*(share.tensor_split(parts) for share in shares)))
+
+
+def sum_over_processes(*tensors):
+    """Sum tensors over all processes, in place."""
+    for tensor in tensors if dist.is_initialized() else ():
+        dist.all_reduce(tensor)
 
 
 @torch.no_grad()
 def slopes(problem, directions, h, eps, cond):
-    """(R(theta + h d) - R(theta - h d)) / 2h of K directions d [K, P] at eps [K, n, ...]; returns [K, n].
+    """(R(theta + h d) - R(theta - h d)) / 2h of K directions d [K, P], each at n noises [K, n, ...]: [K, n].
 
     Both sides see the same noise (common random numbers); one sampler pass serves all directions.
     """
-    K, columns = len(directions), []
-    size = max(1, problem.batch // (2 * K))
+    K, slopes_by_batch, size = len(directions), [], max(1, problem.batch // (2 * len(directions)))
     for e, c in zip(eps.split(size, dim=1), cond.split(size, dim=1)):
-        e, c = torch.cat([e, e]).flatten(0, 1), torch.cat([c, c]).flatten(0, 1)
+        e, c = torch.cat([e, e]).flatten(0, 1), torch.cat([c, c]).flatten(0, 1)  # [2 K n, ...]
         with problem.lora.perturbed(torch.cat([h * directions, -h * directions])):
             x = sample(problem.velocity, e, c, problem.times)
         plus, minus = problem.reward(x, c).to(directions).view(2, K, -1)
-        columns.append((plus - minus) / (2 * h))
-    return torch.cat(columns, dim=1)
+        slopes_by_batch.append((plus - minus) / (2 * h))
+    return torch.cat(slopes_by_batch, dim=1).nan_to_num()  # a lost reward counts as no slope
 
 
-def central_difference(problem, eps, cond, generator=None, h=0.02, coordinates=None):
-    """g_i = (J(theta + h e_i) - J(theta - h e_i)) / 2h for a random block of coordinates i (default: all).
+def central_difference(problem, eps, cond, generator=None, h: float = 0.1, coordinates: int | None = 32):
+    """Central differences: g_i = (J(theta + h e_i) - J(theta - h e_i)) / 2h, one coordinate i after another.
 
-    Exact up to O(h^2), at 2 G images a coordinate; parameters outside the block get no gradient.
+    Exact up to O(h^2), at 2 G images a coordinate; the other parameters get no gradient.
+
+    h: step in each parameter
+    coordinates: parameters tried, drawn at random
     """
     g = torch.zeros_like(parameters_to_vector(problem.lora.parameters))
     block = torch.randperm(len(g), generator=generator, device=g.device)[:coordinates]
-    for _, (i,) in dealt_out(problem.batch // (2 * len(eps)), block):
-        same = eps.expand(len(i), *eps.shape), cond.expand(len(i), *cond.shape)
-        slope = slopes(problem, F.one_hot(i, len(g)).to(g), h, *same)
-        g[i] = slope.nanmean(dim=1).nan_to_num()
-    g[block] = summed(g[block])
+    for (i,) in micro_batches(problem.batch // (2 * len(eps)), block):
+        e_i = F.one_hot(i, len(g)).to(g)  # [K, P]
+        e, c = eps.expand(len(i), *eps.shape), cond.expand(len(i), *cond.shape)
+        g[i] = slopes(problem, e_i, h, e, c).mean(1)
+    sum_over_processes(g)
     problem.lora.add_grad(-g)
-    return {"images": 2 * len(block) * len(eps)}
+    return 2 * len(block) * len(eps)
 
 
-def spsa(problem, eps, cond, generator=None, h=0.02, directions=16):
-    """g = mean_k (J_k(theta + h d_k) - J_k(theta - h d_k)) / 2h d_k with random signs d_k (Spall 1992).
+def spsa(problem, eps, cond, generator=None, h: float = 0.02, directions: int = 16):
+    """SPSA: g = mean_k (J_k(theta + h d_k) - J_k(theta - h d_k)) / 2h d_k, d_k random signs (Spall 1992).
 
-    Unbiased up to O(h^2), at 2 G images whatever the number of parameters. The groups are dealt out evenly to
-    the directions; J_k is the mean over those of d_k. A direction is remade from its seed, never stored.
+    Unbiased up to O(h^2), at 2 G images whatever P is. J_k is the mean over the groups dealt out to d_k.
+
+    h: step in every parameter
+    directions: random directions, which share the groups
     """
     if len(eps) % directions:
-        raise ValueError(f"{len(eps)} pairs cannot be dealt out evenly to {directions} directions")
-    eps, cond = (a.view(directions, -1, *a.shape[1:]) for a in (eps, cond))
+        raise ValueError(f"{len(eps)} groups cannot be dealt out evenly to {directions} directions")
+    eps, cond = eps.unflatten(0, (directions, -1)), cond.unflatten(0, (directions, -1))
     g = torch.zeros_like(parameters_to_vector(problem.lora.parameters))
-    slope, seeds = g.new_zeros(directions), random_seeds(directions, generator)
-    for _, (k, e, c) in dealt_out(problem.batch // (2 * eps.shape[1]), torch.arange(directions), eps, cond):
-        d = torch.stack([random_signs(g, seeds[i]) for i in k])
-        slope[k] = slopes(problem, d, h, e, c).nanmean(dim=1).nan_to_num()
-    for seed, weight in zip(seeds, summed(slope) / directions):
-        g += weight * random_signs(g, seed)
+    signs = torch.randint(2, (directions, len(g)), generator=generator, device=g.device, dtype=torch.int8)
+    for e, c, part in micro_batches(problem.batch // (2 * eps.shape[1]), eps, cond, signs):
+        d = 2 * part.to(g) - 1  # [K, P]
+        g += slopes(problem, d, h, e, c).mean(1) @ d / directions
+    sum_over_processes(g)
     problem.lora.add_grad(-g)
-    return {"images": 2 * eps.shape[0] * eps.shape[1]}
+    return 2 * eps.shape[0] * eps.shape[1]
 
 
-def random_signs(like, seed):
-    """A vector of +1 and -1 shaped like `like`, always the same for one seed."""
-    generator = torch.Generator(like.device).manual_seed(seed)
-    return 2 * torch.randint(2, like.shape, generator=generator, device=like.device).to(like) - 1
-
-
-def fdfo(problem, eps, cond, generator=None, churn=0.05, branches=2, train_branches=1, train_steps=None,
-         clip=0.03, kl=0.0, updates=1, step=None):  # fmt: skip
+def fdfo(problem, eps, cond, generator=None, branches: int = 2, churn: float = 0.05, train_steps: int = 1,
+         kl: float = 0.0):  # fmt: skip
     """Finite Difference Flow Optimization: differences between sampled images instead of between parameters.
 
-    Every noise is churned into K branches. How the rewards of their images differ tells which way to move
-    them; steps are pulled that way, without the sampler's Jacobian. The unit of reward: its mean difference.
+    Every noise is churned into branches. How the rewards of two of them differ tells which way to move both:
+    g = (R_1 - R_2) (x_1 - x_2) / mean((x_1 - x_2)^2). An image moves along g if its velocity moves along -g:
+    the velocity is pulled toward what it is, less g, and the Jacobian of the sampler is not needed. Since
+    that is one g for the whole group, one branch is trained. It is trained at its image with fresh noise; the
+    paper does so at the steps that led to the image (studies/baselines.py: fdfo_published).
 
-    train_branches: trained ones of each group, since all are pulled alike. train_steps: random steps trained
-    (default: all). clip: width of the trust region. kl: pull to the base model. updates: gradients, between
-    which `step` is called.
+    branches: images sampled from each noise
+    churn: how far the branches part: the fresh noise in every step
+    train_steps: random times at which each group is trained
+    kl: pull to the base model
     """
-    if not 1 <= train_branches <= branches or branches < 2 or churn <= 0:
-        raise ValueError("fdfo compares branches: at least 2, of which it trains 1 or more, with churn > 0")
-    settings = generator, churn, branches, train_branches, train_steps
-    shares = [roll_out(problem, e, c, *settings) for e, c in zip(eps.chunk(updates), cond.chunk(updates))]
-    dR = torch.cat([r["dR"] for share in shares for r in share])
-    total, count = summed(torch.stack([dR.nansum(), dR.isfinite().to(dR).sum()]))
-    unit = (total / count).clamp(min=1e-12)
-    for i, (e, share) in enumerate(zip(eps.chunk(updates), shares)):
-        if i > 0:
-            step()
-        for r in share:
-            dR = (r["dR"] / unit).nan_to_num()
-            for weight, t, x, v_ref in r["steps"]:
-                v = problem.velocity(x, t, r["cond"])
-                dv = v - v_ref
-                # exp(mean(d^2) - mean((v - (v_ref - d))^2)), multiplied out because d is large and dv small
-                rho = torch.exp(-(dv * (dv + 2 * r["d"])).flatten(1).mean(1))
-                loss = -dR * rho + dR / (2 * clip) * (rho - 1) ** 2
-                if kl > 0:
-                    with torch.no_grad(), problem.lora.switched_off():
-                        v_base = problem.velocity(x, t, r["cond"])
-                    loss = loss + kl * ((v - v_base) ** 2).flatten(1).mean(1)
-                (weight / (train_branches * len(e)) * loss.sum()).backward()
-        if dist.is_initialized():
-            grads = [p.grad for p in problem.lora.parameters]
-            vector_to_parameters(summed(parameters_to_vector(grads)), grads)
-    return {"images": branches * len(eps)}
+    if branches < 2 or churn <= 0:
+        raise ValueError("fdfo compares at least 2 branches, and needs churn > 0 for them to differ")
+    rolls = roll_out(problem, eps, cond, branches, churn, generator)
+    # rewards count in units of their mean difference, so that one learning rate suits any reward
+    unit = sum((dR.sum() for *_, dR, _ in rolls), eps.new_zeros(()))
+    sum_over_processes(unit)
+    unit = (unit / len(eps)).clamp(min=1e-12)
+    for x_0, c, g, _, generators in rolls:
+        for t in draw_times(problem.times, train_steps, generators):
+            share = t.view(-1, *[1] * (x_0.dim() - 1))
+            x = (1 - share) * x_0 + share * normal(generators, x_0)
+            v = problem.velocity(x, t, c)
+            loss = F.mse_loss(v, v.detach() - g / unit)
+            if kl > 0:
+                with torch.no_grad(), problem.lora.switched_off():
+                    v_base = problem.velocity(x, t, c)
+                loss = loss + kl * F.mse_loss(v, v_base)
+            (loss * len(x) / (train_steps * len(eps))).backward()
+    sum_over_processes(*(p.grad for p in problem.lora.parameters))
+    return branches * len(eps)
 
 
 @torch.no_grad()
-def roll_out(problem, eps, cond, generator, churn, branches, train_branches, train_steps):
-    """Sample K branches from every noise; a record for each micro-batch, of the B trajectories to train:
+def roll_out(problem, eps, cond, branches, churn, generator=None):
+    """Sample and score the branches of noises eps [G, ...]. Returns for each micro-batch, of its groups,
 
-    cond [B, ...], the (weight, t, x_t, v) of their steps, the mean absolute difference dR [B] of the rewards
-    in their group (NaN if one is), and the direction d [B, ...] to pull them: dR d is the mean over k of
-    (R_k - mean R) (x_k - mean x), over the mean square of x_k - mean x.
+    the first image x_0 [G, ...], cond [G, ...], the direction g [G, ...] to move it, how much the rewards
+    differ, dR [G], and a generator each, so that a group's noise is the same in whichever batch it comes.
     """
-    records, seeds = [], random_seeds(len(eps), generator)
-    for number, (e, c) in dealt_out(problem.batch // branches, eps, cond):
-        e, c, steps = e.repeat_interleave(branches, 0), c.repeat_interleave(branches, 0), []
-        kept = torch.arange(len(e), device=e.device).view(-1, branches)[:, :train_branches].flatten()
-        generator = torch.Generator(e.device).manual_seed(seeds[number])
-        x = sample(problem.velocity, e, c, problem.times, churn, generator, steps)
-        R = problem.reward(x, c).view(-1, branches)
-        dx = x.view(*R.shape, -1) - x.view(*R.shape, -1).mean(1, keepdim=True)
-        spread = R - R.mean(1, keepdim=True)
-        dR = spread.abs().mean(1)
-        g = (spread[..., None] * dx).mean(1) / (dx**2).mean((1, 2))[:, None]
-        d = (g / dR.clamp(min=1e-12)[:, None]).nan_to_num().view_as(x[::branches])
-        weights = step_weights(problem.times, train_steps, generator)
-        steps = [(w, t, x[kept], v[kept]) for w, (t, x, v) in zip(weights, steps) if w > 0]
-        records.append(dict(cond=c[kept], steps=steps, d=d[kept // branches], dR=dR[kept // branches]))
-    return records
+    rolls, seeds = [], torch.randint(2**31, (len(eps),), generator=generator, device=eps.device)
+    for e, c, seeds in micro_batches(problem.batch // branches, eps, cond, seeds):
+        generators = [torch.Generator(e.device).manual_seed(seed) for seed in seeds.tolist()]
+        es, cs = e.repeat_interleave(branches, 0), c.repeat_interleave(branches, 0)  # [G K, ...]
+        x = sample(problem.velocity, es, cs, problem.times, churn, partial(normal, generators))
+        R = problem.reward(x, cs).view(-1, branches)  # [G, K]
+        R = R.where(R.isfinite().all(1, keepdim=True), 0)  # one lost reward, and its group says nothing
+        g, dR = image_gradient(R, x.view(*R.shape, -1)), (R - R.mean(1, keepdim=True)).abs().mean(1)
+        rolls.append((x[::branches], c, g.view(e.shape), dR, generators))
+    return rolls
 
 
-def step_weights(times, count=None, generator=None):
-    """The share of the whole time that each step covers, for so much does its velocity move the image.
+def image_gradient(R, x):
+    """FDFO's estimate g [G, D] of dR/dx_0, from rewards R [G, K] of images x [G, K, D].
 
-    With a count, that many points evenly spaced in time, from a random start, draw the steps that count; the
-    others get 0. Either way the weights add up to 1, and on average are the shares.
+    g = mean_k (R_k - mean R) (x_k - mean x) / mean square of (x_k - mean x): for K = 2 what `fdfo` says.
     """
+    dR, dx = R - R.mean(1, keepdim=True), x - x.mean(1, keepdim=True)
+    return (dR[:, :, None] * dx).mean(1) / (dx**2).mean((1, 2))[:, None].clamp(min=1e-12)
+
+
+def normal(generators, x):
+    """Normal noise like x, its i-th part from the i-th generator."""
+    parts = zip(x.chunk(len(generators)), generators)
+    return torch.cat([torch.randn(a.shape, generator=g, device=x.device, dtype=x.dtype) for a, g in parts])
+
+
+def draw_times(times, n, generators):
+    """n random times [G] of those at which the sampler calls the network, for G groups: [n, G].
+
+    A time is as likely as the share of time that its step covers, for so much does its velocity move the
+    image. The n are spread evenly from a random start.
+    """
+    device = generators[0].device
+    start = torch.cat([torch.rand(1, generator=g, device=device) for g in generators])
+    times = torch.tensor(times, device=device)
+    points = times[0] * (1 - (torch.arange(n, device=device)[:, None] + start) / n)
+    return times[torch.searchsorted(-times[1:-1], -points)]
+
+
+def draw_steps(times, count, generators):
+    """Which steps are trained, [S, G], and their weights: all, or `count` random ones for each group.
+
+    A step counts by the share of time it covers, for so much does its velocity move the image. Random ones
+    are drawn by it, at points evenly spaced in time from a random start, and then count alike.
+    """
+    device, G = generators[0].device, len(generators)
     shares = [(t - s) / times[0] for t, s in pairwise(times)]
     if count is None:
-        return shares
-    start = random_seeds(1, generator)[0] / 2**31
-    ends = list(accumulate(shares))
-    drawn = [min(bisect(ends, (i + start) / count), len(ends) - 1) for i in range(count)]
-    return [drawn.count(i) / count for i in range(len(ends))]
+        return shares, torch.arange(len(shares), device=device)[:, None].expand(-1, G)
+    start = torch.cat([torch.rand(1, generator=g, device=device) for g in generators])
+    points = (torch.arange(count, device=device)[:, None] + start) / count
+    ends = torch.tensor(shares, device=device).cumsum(0)
+    return [1 / count] * count, torch.bucketize(points, ends[:-1], right=True)
+
+
+def mean_square(x):
+    """The mean of x^2 over all but the first dimension."""
+    return (x**2).flatten(1).mean(1)

@@ -11,20 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import fdflow
-import toy
-from fdflow import (
-    LoRA,
-    Problem,
-    central_difference,
-    churned_step,
-    fdfo,
-    random_seeds,
-    sample,
-    spsa,
-    step_weights,
-)
+from fdflow import LoRA, Problem, central_difference, churned_step, fdfo, sample, spsa
+from studies import toy
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # so small networks only lose by two
 
 
 # ---- toy flows
@@ -41,7 +31,7 @@ def small_problem(seed=0, **options):
         p.data = 0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
 
     def velocity(x, t, cond):
-        return net(torch.cat([x, torch.full_like(x[:, :1], t)], 1))
+        return net(torch.cat([x, torch.as_tensor(t).to(x).expand(len(x))[:, None]], 1))
 
     def reward(x, cond):
         return torch.sin(x[:, 0]) - (x[:, 1] - cond) ** 2 + x[:, 2] * x[:, 0]
@@ -72,10 +62,14 @@ def test_central_difference_is_the_autograd_gradient():
     problem, groups = small_problem(), draw(5)
     exact = exact_gradient(problem, *groups)
     assert exact.norm() > 0.1
-    assert relative_error(estimated(problem, central_difference, *groups, h=1e-4), exact) < 1e-6
+    all_of_them = {"coordinates": None}
+    assert (
+        relative_error(estimated(problem, central_difference, *groups, h=1e-4, **all_of_them), exact) < 1e-6
+    )
     # the error is h^2 times a constant: a third of h has a ninth of it
     coarse, fine = (
-        relative_error(estimated(problem, central_difference, *groups, h=h), exact) for h in (0.06, 0.02)
+        relative_error(estimated(problem, central_difference, *groups, h=h, **all_of_them), exact)
+        for h in (0.06, 0.02)
     )
     assert coarse / fine == pytest.approx(9, rel=0.05)
 
@@ -148,7 +142,6 @@ def test_population_axis_equals_one_member_at_a_time():
 
 
 def test_fdfo_agrees_with_autograd_on_a_learned_flow():
-    torch.set_num_threads(1)  # so small a network only loses by two
     velocity = toy.train_base(steps=800)
     lora = LoRA(velocity, toy.LAYERS, rank=4, generator=torch.Generator().manual_seed(0))
     problem = Problem(velocity, toy.reward, lora, toy.TIMES, batch=4096)
@@ -178,12 +171,12 @@ def constant_flow(dim=6):
         seen.append(x @ w)
         return x @ w
 
-    times = [1.0, 0.8, 0.5, 0.4, 0.0]  # uneven, so that each step must count by its length
+    times = [1.0, 0.8, 0.5, 0.4, 0.0]
     problem = Problem(lambda x, t, cond: layer(torch.ones_like(x[:, :1])), reward, lora, times, 40000)
     return problem, layer, w, seen
 
 
-@pytest.mark.parametrize("train_steps", [None, 2])
+@pytest.mark.parametrize("train_steps", [1, 3])
 def test_fdfo_is_the_closed_form_for_a_linear_flow(train_steps):
     problem, layer, w, seen = constant_flow()
     eps, _ = draw(20000, len(w))
@@ -197,41 +190,58 @@ def test_fdfo_is_the_closed_form_for_a_linear_flow(train_steps):
     assert error.abs().max() < 5 * 2 * w.norm() / math.sqrt(20000)
 
 
-@pytest.mark.parametrize("branches,trained", [(2, 1), (2, 2), (3, 1), (4, 2)])
-def test_fdfo_gradient_is_the_plain_linear_pull(branches, trained):
-    problem, (eps, cond), steps, scores = small_problem(), draw(16), [], []
-    reward, problem.batch = problem.reward, 1000  # one micro-batch, whose noise is known
-    problem.reward = lambda x, c: scores.append(reward(x, c)) or scores[-1]
-    settings = dict(churn=0.1, branches=branches, train_branches=trained)
-    g = estimated(problem, fdfo, eps, cond, torch.Generator().manual_seed(5), **settings)
-    seed = random_seeds(16, torch.Generator().manual_seed(5))[0]
-    e, c = eps.repeat_interleave(branches, 0), cond.repeat_interleave(branches, 0)
-    with torch.no_grad():
-        images = sample(
-            problem.velocity, e, c, problem.times, 0.1, torch.Generator().manual_seed(seed), steps
-        )
-    rows, unit = scores[0].view(16, branches), []
-    for number, (R, x) in enumerate(zip(rows, images.view(16, branches, -1))):
-        dR, dx = R - R.mean(), x - x.mean(0)
-        unit.append(dR.abs().mean())
-        pull = sum(dR[k] * dx[k] for k in range(branches)) / branches / (dx**2).mean()
-        for weight, (t, x_t, v_ref) in zip(step_weights(problem.times), steps):
-            some = slice(number * branches, number * branches + trained)
-            v = problem.velocity(x_t[some], t, c[some])
-            (weight * F.mse_loss(v, v_ref[some] - pull) / 16).backward()
-    torch.testing.assert_close(g * sum(unit) / 16, toy.gradient(problem.lora), rtol=1e-9, atol=1e-12)
+@pytest.mark.parametrize("branches, train_steps", [(2, 1), (2, 3), (4, 1)])
+def test_fdfo_is_the_pull_that_it_says(branches, train_steps):
+    problem, (eps, cond), scores, images, seen = small_problem(batch=1000), draw(16), [], [], []
+    reward, velocity = problem.reward, problem.velocity
+    problem.reward = lambda x, c: images.append(x) or scores.append(reward(x, c)) or scores[-1]
+    problem.velocity = lambda x, t, c: torch.is_grad_enabled() and seen.append((x, t)) or velocity(x, t, c)
+    options = dict(churn=0.1, branches=branches, train_steps=train_steps)
+    g = estimated(problem, fdfo, eps, cond, torch.Generator().manual_seed(5), **options)
+    assert len(seen) == train_steps
+    unit = (scores[0].view(16, branches) - scores[0].view(16, -1).mean(1, keepdim=True)).abs().mean()
+    for x, t in seen:
+        assert set(t.tolist()) <= set(problem.times[:-1])  # where the sampler, too, calls the network
+        for k, (R, y) in enumerate(zip(scores[0].view(16, branches), images[0].view(16, branches, -1))):
+            dR, dy = R - R.mean(), y - y.mean(0)
+            pull = sum(dR[i] * dy[i] for i in range(branches)) / branches / (dy**2).mean() / unit
+            v = velocity(x[k : k + 1], t[k : k + 1], None)
+            (F.mse_loss(v, v.detach() - pull) / 16 / train_steps).backward()
+    torch.testing.assert_close(g, toy.gradient(problem.lora), rtol=1e-9, atol=1e-12)
+
+
+def test_fdfo_trains_images_with_fresh_noise():
+    problem, layer, w, _ = constant_flow()  # where from noise 0 all images are x_0 = -v
+    n, seen, velocity = 20_000, [], problem.velocity
+    problem.velocity = lambda x, t, c: torch.is_grad_enabled() and seen.append((x, t)) or velocity(x, t, c)
+    eps = torch.zeros(n, len(w)).double()
+    fdfo(problem, eps, torch.zeros(n), torch.Generator().manual_seed(0), churn=1e-9)
+    ((x, t),) = seen
+    x_0 = -velocity(eps[:1], 1.0, None).detach()
+    for time in problem.times[:-1]:
+        noise = (x[t == time] - (1 - time) * x_0) / time
+        # five standard errors: at least 2,000 of the groups have each time
+        assert noise.std().item() == pytest.approx(1, rel=5 / math.sqrt(2 * 2000 * len(w)))
+        assert noise.mean().abs() < 5 / math.sqrt(2000 * len(w))
+
+
+def test_the_difference_of_a_pair_is_the_formula_of_the_paper():
+    (x, _), R = draw(6), torch.tensor([[1.0, -0.5], [2.0, 7.0], [0.0, 0.0]]).double()
+    g = fdflow.image_gradient(R, x.view(3, 2, 3))
+    for (R_1, R_2), (x_1, x_2), estimate in zip(R, x.view(3, 2, 3), g):
+        torch.testing.assert_close(estimate, (R_1 - R_2) * (x_1 - x_2) / ((x_1 - x_2) ** 2).mean())
 
 
 def test_kl_pulls_to_the_base_model():
-    problem, (eps, cond) = small_problem(), draw(8)
-    problem.reward = lambda x, cond: torch.ones_like(cond)  # nothing to learn but the pull
+    problem, (eps, cond), seen = small_problem(), draw(8), []
+    velocity, problem.reward = problem.velocity, lambda x, cond: torch.ones_like(cond)  # only the pull
+    problem.velocity = lambda x, t, c: torch.is_grad_enabled() and seen.append((x, t)) or velocity(x, t, c)
     g = estimated(problem, fdfo, eps, cond, torch.Generator().manual_seed(0), kl=0.7)
-    (record,) = fdflow.roll_out(problem, eps, cond, torch.Generator().manual_seed(0), 0.05, 2, 1, None)
-    for weight, t, x, v in record["steps"]:
-        with problem.lora.switched_off():
-            v_base = problem.velocity(x, t, None).detach()
-        assert (v - v_base).abs().max() > 0.1
-        (0.7 * weight * F.mse_loss(problem.velocity(x, t, None), v_base)).backward()
+    ((x, t),) = seen
+    with problem.lora.switched_off():
+        v_base = velocity(x, t, None).detach()
+    assert (velocity(x, t, None) - v_base).abs().max() > 0.1
+    (0.7 * F.mse_loss(velocity(x, t, None), v_base)).backward()
     torch.testing.assert_close(g, toy.gradient(problem.lora))
 
 
@@ -242,31 +252,9 @@ def test_fdfo_drops_a_group_with_a_nan():
     for lost in (torch.nan, 0.0):  # a group whose rewards are all the same says nothing either
         problem.reward = lambda x, c: torch.where(c == 7.0, lost, reward(x, c))  # noqa: B023
         results.append(estimated(problem, fdfo, eps, cond, torch.Generator().manual_seed(0)))
-    # the same direction; in another unit, since the mean difference is that of 7 groups instead of 8
-    torch.testing.assert_close(results[0], results[1] * 7 / 8)
+    torch.testing.assert_close(*results)
     problem.reward = lambda x, c: torch.full_like(c, torch.nan)
     assert estimated(problem, fdfo, eps, cond).norm() == 0
-
-
-def test_surrogate_after_the_first_update_is_its_closed_form():
-    problem, layer, w, _ = constant_flow()
-    (eps, cond), dv, clip = draw(12, len(w)), 0.002 * torch.arange(1.0, 7).double(), 0.03
-
-    def step():  # stands for the optimiser: from now on v = v_ref + dv
-        layer.B.data = dv[:, None].clone()
-        layer.B.grad = None
-
-    fdfo(problem, eps, cond, torch.Generator().manual_seed(0), clip=clip, updates=2, step=step)
-    layer.B.data.zero_()
-    generator, rolls, settings = torch.Generator().manual_seed(0), [], (0.05, 2, 1, None)
-    for e, c in zip(eps.chunk(2), cond.chunk(2)):
-        rolls += fdflow.roll_out(problem, e, c, generator, *settings)
-    dR = rolls[1]["dR"] / torch.cat([r["dR"] for r in rolls]).mean()
-    rho = torch.exp(rolls[1]["d"].square().mean(1) - (dv + rolls[1]["d"]).square().mean(1))
-    slope = dR / clip * (rho - 1) - dR  # of the loss with respect to rho
-    expected = (slope * rho)[:, None] * -2 / len(w) * (dv + rolls[1]["d"])
-    assert (rho - 1).abs().max() > clip
-    torch.testing.assert_close(layer.B.grad[:, 0], expected.mean(0))
 
 
 @pytest.mark.parametrize("churn", [0.0025, 0.1, 1.0])
@@ -274,6 +262,10 @@ def test_churn_keeps_the_marginals(churn):
     n, generator = 100_000, torch.Generator().manual_seed(0)
     slack = 5 / math.sqrt(n)  # five standard errors of a mean; those of a standard deviation are smaller
     eps = torch.randn(n, 1, generator=generator, dtype=torch.float64)
+
+    def noise(x):
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
     # a step along the exact flow of data N(m, sigma^2): mean (1 - t) m, variance (1 - t)^2 sigma^2 + t^2
     m, sigma = 2.0, 0.5
 
@@ -285,28 +277,32 @@ def test_churn_keeps_the_marginals(churn):
         level = s / (1 - s) / (1 + churn)  # noise over signal before the fresh noise
         r = level / (1 + level)
         x_r = (1 - r) * m + std(r) * eps
-        x_s = churned_step(x_t, (x_r - x_t) / (r - t), t, s, churn, generator)
+        x_s = churned_step(x_t, (x_r - x_t) / (r - t), t, s, churn, noise)
         assert x_s.mean().item() == pytest.approx((1 - s) * m, abs=slack * std(s))
         assert x_s.std().item() == pytest.approx(std(s), rel=slack)
         assert not torch.allclose(x_s, (1 - s) * m + std(s) * eps, atol=0.01 * std(s))
     # the whole sampler, on data that is one point, where Euler is exact
     trajectory = []
     times = torch.linspace(1, 0, 6).tolist()
-    x_0 = sample(lambda x, t, cond: (x - m) / t, eps, None, times, churn, generator, trajectory)
-    for t, x, _ in trajectory:
+    x_0 = sample(lambda x, t, cond: (x - m) / t, eps, None, times, churn, noise, trajectory)
+    for t, (x, _) in zip(times, trajectory):
         assert x.mean().item() == pytest.approx((1 - t) * m, abs=slack * t)
         assert x.std().item() == pytest.approx(t, rel=slack)
     torch.testing.assert_close(x_0, torch.full_like(x_0, m))
 
 
-def test_every_micro_batch_has_noise_of_its_own():
-    problem, (eps, cond) = small_problem(batch=4), draw(2)
-    eps, cond = eps.repeat(3, 1), cond.repeat(3)  # three micro-batches of the same two groups
-    records = fdflow.roll_out(problem, eps, cond, torch.Generator().manual_seed(0), 0.05, 2, 1, None)
-    first, second, third = (record["steps"][0][2] for record in records)
-    assert not torch.isclose(first, second).any() and not torch.isclose(second, third).any()
-    again = fdflow.roll_out(problem, eps, cond, torch.Generator().manual_seed(0), 0.05, 2, 1, None)
-    assert torch.equal(again[2]["steps"][0][2], third)
+def test_every_group_has_noise_of_its_own_in_whichever_batch():
+    problem, (eps, cond), rolls, grads = small_problem(), draw(1), [], []
+    eps, cond = eps.repeat(6, 1), cond.repeat(6)  # six times the same group
+    for problem.batch in (1000, 4, 1):
+        generator = torch.Generator().manual_seed(0)
+        found = fdflow.roll_out(problem, eps, cond, 2, 0.05, generator)
+        rolls.append([torch.cat(parts) for parts in list(zip(*found))[:4]])
+        grads.append(estimated(problem, fdfo, eps, cond, torch.Generator().manual_seed(0)))
+    for roll, grad in zip(rolls[1:], grads[1:]):
+        torch.testing.assert_close(roll, rolls[0], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(grad, grads[0], rtol=1e-9, atol=1e-12)
+    assert len(rolls[0][0][:, 0].unique()) == 6
 
 
 def test_no_churn_is_euler():
@@ -315,15 +311,15 @@ def test_no_churn_is_euler():
     assert torch.equal(churned_step(x, v, 0.7, 0.0, churn=0.5), x - 0.7 * v)
 
 
-def test_step_weights_are_shares_of_the_time():
-    times = [0.9, 0.6, 0.5, 0.0]
-    shares = torch.tensor([3, 1, 5]) / 9
-    torch.testing.assert_close(torch.tensor(fdflow.step_weights(times)), shares)
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.tensor([fdflow.step_weights(times, 2, generator) for _ in range(2000)])
-    assert torch.allclose(drawn.sum(1), torch.ones(2000))
-    # chances of 0 to 1 in 2,000 draws: a standard error of at most 0.011; four of them
-    torch.testing.assert_close(drawn.mean(0), shares, rtol=0, atol=0.045)
+def test_times_are_drawn_by_the_share_of_their_step():
+    times, shares = [0.9, 0.6, 0.5, 0.0], torch.tensor([3, 1, 5]) / 9
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2000)]
+    for n in (1, 2):
+        drawn = fdflow.draw_times(times, n, generators)
+        assert drawn.shape == (n, 2000)
+        found = torch.stack([(drawn == t).float().mean() for t in torch.tensor(times[:-1])])
+        # chances of 0 to 1 in 2,000 draws: a standard error of at most 0.011; four of them
+        torch.testing.assert_close(found, shares, rtol=0, atol=0.045)
 
 
 def test_lora_computes_in_the_dtype_of_the_model_and_learns_in_float32():
