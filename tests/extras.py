@@ -1,12 +1,13 @@
 """Tests that need more than requirements.txt brings: an OCR model, and a browser that a program drives.
 
-pip install rapidocr onnxruntime playwright && pytest -q extras.py      # with Chromium in the PATH
+pip install rapidocr onnxruntime playwright && pytest -q tests/extras.py      # with Chromium in the PATH
 """
 
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from playwright.sync_api import sync_playwright
 
 from rewards import Reward
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_ocr_reads_drawn_words():
@@ -33,36 +34,53 @@ def test_ocr_reads_drawn_words():
 
 
 def test_a_person_trains_the_tiny_model_in_a_browser(tmp_path):
-    """Three groups in each of two iterations, by keyboard and mouse, with the page closed in between."""
+    """Three groups in each of two iterations, by keyboard and mouse, with the page closed in between.
+
+    Once an answer cannot be saved. Before the last one Ctrl-C stops the run; --resume asks for that alone.
+    """
     small = "--pairs 3 --steps 2 --iterations 2 --lr 0.005 --watch brightness --name by-hand"
-    command = [sys.executable, str(HERE / "train.py"), "--reward", "human", *small.split()]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    run = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    url = re.search(r"http://127.0.0.1:\d+/", run.stdout.readline())[0]
+
+    def train(*command):
+        run = subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *command], cwd=tmp_path, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        return run, re.search(r"http://127.0.0.1:\d+/", run.stdout.readline())[0]
+
+    run, url = train("--reward", "human", *small.split())
     screenshots = Path(os.environ.get("SCREENSHOTS", tmp_path))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-background-networking"]
         )
 
-        def open_page(number):
+        def open_page(url, number):
             page = browser.new_page(viewport={"width": 1000, "height": 700})
             page.goto(url)
             page.wait_for_selector(f"text=group {number} of 3")
             return page
 
-        page = open_page(1)
+        page = open_page(url, 1)
         assert page.locator("img").count() == 2 and page.locator("h1").inner_text()
         assert page.locator("img").first.evaluate("image => image.naturalWidth") == 64
         page.screenshot(path=screenshots / "human.png")
         page.keyboard.press("ArrowLeft")
         page.wait_for_selector("text=group 2 of 3; 1 answered")
         page.close()
-        page = open_page(2)
+        page = open_page(url, 2)
+        answered = tmp_path / "runs" / "by-hand" / "preferences"
+        answered.rename(answered.with_name("aside"))
+        answered.write_text("as if the disk were full")
+        page.keyboard.press("Space")
+        page.wait_for_selector("text=Your answer was not saved")
+        page.wait_for_selector("text=group 2 of 3; 1 answered")
+        page.screenshot(path=screenshots / "not-saved.png")
+        answered.unlink()
+        answered.with_name("aside").rename(answered)
         page.keyboard.press("Space")
         page.wait_for_selector("text=group 3 of 3; 2 answered")
+        assert not page.locator("#problem").inner_text()
         page.locator("button").nth(1).click()
         page.wait_for_selector("text=group 1 of 3; 3 answered")  # of the next iteration
         page.keyboard.press("3")  # there is no third image
@@ -70,6 +88,13 @@ def test_a_person_trains_the_tiny_model_in_a_browser(tmp_path):
         page.wait_for_selector("text=group 2 of 3; 4 answered")
         page.keyboard.press("ArrowRight")
         page.wait_for_selector("text=group 3 of 3; 5 answered")
+        run.send_signal(signal.SIGINT)
+        assert run.wait(timeout=10) == 130
+        page.keyboard.press("ArrowLeft")
+        page.wait_for_selector("text=Your answer was not saved (the training cannot be reached)")
+        page.wait_for_selector("text=The training has stopped")
+        run, url = train("--name", "by-hand", "--resume")
+        page = open_page(url, 3)
         page.keyboard.press("ArrowLeft")
         page.wait_for_selector("text=The training has stopped", timeout=60_000)
         browser.close()

@@ -5,14 +5,15 @@ Click the best, or press its number, or the left and right arrows for one of two
 
 import hashlib
 import json
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
 
-from pictures import to_pil
-from services import png
+from support.errors import first_line
+from support.pictures import png, save_picture, to_pil
 
 PAGE = Path(__file__).with_name("human.html")
 
@@ -30,13 +31,13 @@ class Human:
         self.branches, self.groups = branches, groups
         self.answers, self.waiting, self.changed = {}, {}, threading.Condition()
 
-    def open(self, folder):
-        """Serve the page for a run, with the answers that its folder has; returns the address."""
-        self.folder = Path(folder)
-        path = self.folder / "preferences.jsonl"
-        for line in path.read_text().splitlines() if path.exists() else []:
-            answer = json.loads(line)
-            self.answers[answer["key"]] = answer["choice"]
+    def open(self, folder, interrupted=()):
+        """Serve the page for a run, with the answers that its folder has; returns the address.
+
+        interrupted: a list; once something is in it, nobody is waited for any longer: KeyboardInterrupt.
+        """
+        self.folder, self.interrupted = Path(folder), interrupted
+        self.answers = dict(self.read_answers())
         handler = type("Handler", (Handler,), {"human": self})
         try:
             server = ThreadingHTTPServer(("127.0.0.1", 8765), handler)
@@ -46,16 +47,35 @@ class Human:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{server.server_port}/"
 
+    def read_answers(self):
+        """(key, choice) of each line of preferences.jsonl; one that was cut short is passed over."""
+        path = self.folder / "preferences.jsonl"
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            try:
+                answer = json.loads(line)
+                if self.is_choice(answer["choice"]):
+                    yield str(answer["key"]), answer["choice"]
+            except (ValueError, TypeError, KeyError, RecursionError):
+                continue
+
+    def is_choice(self, choice):
+        """Whether that is the number of an image, or None; json also has true and 0.0."""
+        return choice is None or type(choice) is int and 0 <= choice < self.branches
+
     def __call__(self, images, prompts):
-        groups, keys = list(zip(images.split(self.branches), prompts[:: self.branches])), []
+        groups = list(zip(images.split(self.branches), prompts[:: self.branches]))
+        keys, waiting = [], {}
         for group, prompt in groups:
             files = [png(image) for image in group]
             keys.append(hashlib.sha256("".join([prompt, *files]).encode()).hexdigest()[:16])
             if keys[-1] not in self.answers:
                 picture = to_pil(torch.cat(list(group), dim=2))
-                self.waiting[keys[-1]] = {"key": keys[-1], "prompt": prompt, "images": files}, picture
+                waiting[keys[-1]] = {"key": keys[-1], "prompt": prompt, "images": files}, picture
+        self.waiting = waiting
         with self.changed:
             while self.waiting:
+                if self.interrupted:
+                    raise KeyboardInterrupt
                 self.changed.wait(0.2)  # now and then, to notice Ctrl-C
         R = torch.full((len(groups), self.branches), 0.5)
         for row, key in zip(R, keys):
@@ -70,22 +90,38 @@ class Human:
             return {**group, "number": number, "total": self.groups, "answered": answered}
 
     def answer(self, key, choice):
-        """Write an answer down; a group that is not waiting, or no longer, is passed over."""
+        """Write an answer down; a group that is not waiting, or no longer, is passed over.
+
+        ValueError if it is no choice. OSError if it cannot be written, and the group goes on waiting.
+        """
         with self.changed:
-            group, picture = self.waiting.get(key, (None, None))
-            if group is None or choice not in (None, *range(len(group["images"]))):
+            if not self.is_choice(choice):
+                raise ValueError(choice)
+            if key not in self.waiting:
                 return
+            group, picture = self.waiting[key]
             (self.folder / "preferences").mkdir(exist_ok=True)
-            picture.save(self.folder / "preferences" / f"{key}.png")
-            with open(self.folder / "preferences.jsonl", "a") as file:
-                file.write(json.dumps({"key": key, "prompt": group["prompt"], "choice": choice}) + "\n")
+            save_picture(picture, self.folder / "preferences" / f"{key}.png")
+            line = json.dumps({"key": key, "prompt": group["prompt"], "choice": choice})
+            append_line(self.folder / "preferences.jsonl", line)
             self.answers[key] = choice
             del self.waiting[key]
             self.changed.notify()
 
 
+def append_line(path, text):
+    """Add a line to a file; if a full disk or a crash has cut the last one short, it stays by itself."""
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            text = text if file.read() == b"\n" else "\n" + text
+        file.write(f"{text}\n".encode())
+
+
 class Handler(BaseHTTPRequestHandler):
     """GET / is the page, GET /group what to compare, POST /answer the choice; for a browser right here."""
+
+    timeout = 10  # seconds that a browser may say nothing
 
     def do_GET(self):
         group = self.human.first()
@@ -107,20 +143,27 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/answer":
             return self.send(404)
         try:
-            answer = json.loads(self.rfile.read(min(int(self.headers["Content-Length"]), 1000)))
+            length = int(self.headers["Content-Length"])
+            if not 0 <= length <= 1000:
+                raise ValueError(length)
+            answer = json.loads(self.rfile.read(length))
             self.human.answer(answer["key"], answer["choice"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             return self.send(400)
+        except OSError as error:  # as a full disk
+            return self.send(500, first_line(error).encode())
         self.send(204)
 
     def from_here(self):
         """Not by another name that was made to point here."""
         return (self.headers["Host"] or "").split(":")[0] in ("127.0.0.1", "localhost")
 
-    def send(self, status, body=b"", kind="text/plain"):
+    def send(self, status, body=b"", kind="text/plain; charset=utf-8"):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Security-Policy", "frame-ancestors 'none'")  # no click through another page
+        self.send_header("X-Frame-Options", "DENY")
         self.end_headers()
         self.wfile.write(body)
 

@@ -1,0 +1,16 @@
+"""PickScore v1 (Kirstain et al. 2023): a CLIP ViT-H/14 tuned on half a million choices between images.
+
+Its unit is the model's own: the logarithm of the odds that one image is preferred to another is the
+difference of their scores. Typically 17 to 24.
+"""
+
+from zoo.loading import large_model_dtype
+
+
+def load_pickscore(clip_from, device):
+    """The Clip of PickScore; `clip_from` loads one, see rewards.py."""
+    processors = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    dtype = large_model_dtype(device)
+    clip = clip_from("yuvalkirstain/PickScore_v1", processors, device, dtype=dtype)
+    clip.scale = clip.model.logit_scale.exp().item()
+    return clip
