@@ -12,8 +12,8 @@ class UserError(Exception):
 
 
 def first_line(error):
-    """The first line of an exception's message, to be quoted in a UserError."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an exception's message, of at most 300 characters, to be quoted in a UserError."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def why_unreachable(path, error):
@@ -24,14 +24,16 @@ def why_unreachable(path, error):
     return f"cannot reach model {path}: check its name and the network"
 
 
-def run(main):
+def run_command(main):
     """Run a command and turn its errors into lines and exit codes."""
     try:
         main()
     except UserError as error:
         message = str(error)
     except torch.OutOfMemoryError:
-        message = "out of GPU memory: lower --batch or --size, or add --checkpointing"
+        message = "out of GPU memory: lower --batch or --size or add --checkpointing, then --resume"
+    except OSError as error:  # a full disk, a folder that is gone
+        message = f"{first_line(error)}; what was saved before is whole: mend this, then go on with --resume"
     except KeyboardInterrupt:
         sys.exit(130)
     else:

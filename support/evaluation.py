@@ -5,30 +5,49 @@ import math
 import torch
 import torch.distributed as dist
 
-from errors import UserError
+from support.errors import UserError
 
 
-def rank():
+def process_rank():
     """The number of this process among those of torchrun; 0 if it is alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def joined(parts):
+def gather_rows(parts):
     """[{name: [n, ...]}, ...] to {name: [N, ...]} on the CPU, from all processes in their order.
 
     The first process has parts; another may have none, if there was too little to share.
     """
+    parts = [{name: values.cpu() for name, values in part.items()} for part in parts]
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, [{name: v.cpu() for name, v in part.items()} for part in parts])
+        dist.all_gather_object(everyone, parts)
         parts = sum(everyone, [])
-    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def mean_and_error(values):
-    """Mean and standard error of the finite numbers among values [N]."""
-    values = values[values.isfinite()]
-    return values.mean().item(), (values.std() / math.sqrt(max(1, len(values)))).item()
+def mean_and_error(values, prompts):
+    """Mean of values [N] and its standard error over prompts [N]; None where there are too few to tell.
+
+    A prompt's images are not independent, so they are averaged first; what is not finite is left out.
+    """
+    values, prompts = values[values.isfinite()].double(), prompts[values.isfinite()]
+    _, rows, counts = prompts.unique(return_inverse=True, return_counts=True)
+    means = torch.zeros(len(counts), dtype=values.dtype).index_add(0, rows, values) / counts
+    error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else None
+    return values.mean().item() if len(values) else None, error
+
+
+def statistics(name, values, prompts):
+    """The mean of values under a name, and its standard error under the name with _se."""
+    return dict(zip((name, f"{name}_se"), mean_and_error(values, prompts)))
+
+
+def plus_minus(mean, error, sign="+"):
+    """A mean and its standard error as text, either of which may be None."""
+    if mean is None:
+        return "unknown"
+    return f"{mean:{sign}.2f}" if error is None else f"{mean:{sign}.2f} ± {error:.2f}"
 
 
 class Counted:
@@ -41,48 +60,56 @@ class Counted:
         self.evaluations += len(x) * (3 if torch.is_grad_enabled() else 1)
         return self.velocity(x, t, cond)
 
-    def take(self):
-        """The evaluations since the last call, in this process."""
-        evaluations, self.evaluations = self.evaluations, 0
-        return evaluations
+    def pop_count(self):
+        """The evaluations since the last call, of all processes."""
+        count, self.evaluations = torch.tensor([self.evaluations]), 0
+        return int(gather_rows([{"": count}])[""].sum())
 
 
 class Scorer:
-    """The reward of latents, as the estimators ask for it; keeps what the terms gave until `take`."""
+    """The reward of latents, as the estimators ask for it; keeps what the terms gave until it is asked."""
 
     def __init__(self, flow, reward):
         self.flow, self.reward, self.seen = flow, reward, []
 
     def __call__(self, x, cond):
-        values = self.reward.measure(self.flow.decode(x), [self.flow.prompts[i] for i in cond])
-        self.seen.append({name: R.detach() for name, R in values.items()})
+        values = self.reward.measure(self.flow.decode(x), [self.flow.prompts[i] for i in cond.tolist()])
+        self.seen.append({name: R.detach() for name, R in values.items()} | {"": cond})
         return self.reward.combine(values)
 
-    def take(self):
-        """The values of each term since the last call, from all processes: {name: [N]}."""
-        values, self.seen = joined(self.seen), []
-        return values
+    def pop_record(self):
+        """What is to be logged of the rewards since the last call, those of all processes."""
+        values, self.seen = gather_rows(self.seen), []
+        prompts = values.pop("")
+        R = self.reward.combine(values)
+        terms = {name: v[v.isfinite()] for name, v in values.items()}
+        return statistics("reward", R, prompts) | {
+            "terms": {name: v.mean().item() if len(v) else None for name, v in terms.items()},
+            "terms_std": {name: v.std().item() if len(v) > 1 else None for name, v in terms.items()},
+            "not_finite": int(R.isnan().sum()),
+        }
 
 
 class HeldOut:
     """Measures the model on prompts it is not trained on, two images each, always from the same noise.
 
     Up to 128 of the last `count` prompts of the flow; every process measures its share of them. A person is
-    not asked here: with `human` in the reward only the watched rewards are measured.
+    not asked here: with `human` in the reward only the watched rewards are measured. embed: images to
+    embeddings of unit length, for diversity. seed: of the noise, an image its own from there on.
     """
 
-    def __init__(self, flow, count, reward, watched, embed, args):
+    def __init__(self, flow, count, reward, watched, embed, batch, seed):
         self.flow, self.reward, self.watched, self.embed = flow, reward, watched, embed
-        self.batch, self.base_images, self.base = args.batch, None, None
+        self.batch, self.base_images, self.base = batch, None, None
         total = len(flow.prompts)
         chosen = torch.linspace(total - count, total - 1, min(count, 128)).round().long()
-        self.prompts = [flow.prompts[i] for i in chosen]
-        seeds = args.seed * 1_000_000 + torch.arange(2 * len(chosen))
+        self.prompts = [flow.prompts[i] for i in chosen.tolist()]
         world = dist.get_world_size() if dist.is_initialized() else 1
         if len(chosen) < world:
             raise UserError(f"{world} processes need at least as many held-out prompts, not {len(chosen)}")
-        self.cond = chosen.tensor_split(world)[rank()].repeat_interleave(2)
-        self.seeds = seeds.unflatten(0, (-1, 2)).tensor_split(world)[rank()].flatten().tolist()
+        seeds = seed + torch.arange(2 * len(chosen))
+        self.cond = chosen.tensor_split(world)[process_rank()].repeat_interleave(2)
+        self.seeds = seeds.unflatten(0, (-1, 2)).tensor_split(world)[process_rank()].flatten().tolist()
 
     @torch.no_grad()
     def __call__(self):
@@ -90,49 +117,46 @@ class HeldOut:
 
         The first call measures the base model. Gain and change are mean differences to its images from the
         same noise, of the reward and of what is watched. Drift is the root mean square difference in pixels,
-        diversity the mean cosine distance between the CLIP embeddings of a prompt's two images.
+        diversity the mean cosine distance between the embeddings of a prompt's two images.
         """
         images, parts = self.flow.images(self.cond, self.seeds, self.batch), []
         if self.base_images is None:
             self.base_images = images
         for i in range(0, len(images), self.batch):
-            part = images[i : i + self.batch]
+            part, cond = images[i : i + self.batch], self.cond[i : i + self.batch]
             drift = (part - self.base_images[i : i + self.batch]).square().mean((1, 2, 3))
-            prompts = [self.flow.prompts[c] for c in self.cond[i : i + self.batch]]
-            part = part.to(self.flow.device)
+            prompts, part = [self.flow.prompts[c] for c in cond.tolist()], part.to(self.flow.device)
             terms = {} if "human" in self.reward.terms else self.reward.measure(part, prompts)
             terms |= {t.expression: t(part, prompts) for t in self.watched if t.expression not in terms}
-            parts.append({"embedding": self.embed(part), "drift": drift, **terms})
-        values = joined(parts)
-        first, second = values.pop("embedding").unflatten(0, (-1, 2)).unbind(1)
+            parts.append({"": cond, "embedding": self.embed(part), "drift": drift, **terms})
+        values = gather_rows(parts)
+        prompts, embeddings = values.pop(""), values.pop("embedding")
         record = {"drift": values.pop("drift").mean().sqrt().item()}
         R = None if "human" in self.reward.terms else self.reward.combine(values)
-        values["diversity"] = 1 - (first * second).sum(1)
+        first, second = embeddings.unflatten(0, (-1, 2)).unbind(1)
+        values["diversity"] = (1 - (first * second).sum(1)).repeat_interleave(2)
         self.base = self.base or (R, values)
         if R is not None:
-            record |= statistics("held_out", R) | statistics("gain", R - self.base[0])
-        for name, part in (
-            ("watched", values),
-            ("change", {k: v - self.base[1][k] for k, v in values.items()}),
-        ):
-            record[name] = {k: mean_and_error(v)[0] for k, v in part.items()}
-            record[f"{name}_se"] = {k: mean_and_error(v)[1] for k, v in part.items()}
-        pictures = joined([{"": (255 * images[::2][:48]).round().byte()}])[""]
+            record |= statistics("held_out", R, prompts) | statistics("gain", R - self.base[0], prompts)
+        change = {name: v - self.base[1][name] for name, v in values.items()}
+        for key, group in (("watched", values), ("change", change)):
+            both = {name: mean_and_error(v, prompts) for name, v in group.items()}
+            record[key], record[f"{key}_se"] = ({name: b[i] for name, b in both.items()} for i in (0, 1))
+        pictures = gather_rows([{"": (255 * images[::2][:48]).round().byte()}])[""]
         return pictures[:48] / 255, record
 
 
-def statistics(name, values):
-    """The mean of values under a name, and its standard error under the name with _se."""
-    return dict(zip((name, f"{name}_se"), mean_and_error(values)))
+def signs_of_hacking(record):
+    """The watched names, none of them trained, that fell while the reward rose; fewer than two are no sign.
 
-
-def paid_with(record, trained):
-    """What a reward that rises is paid with: the watched names, none of them `trained`, that fell meanwhile.
-
-    Rises and falls count beyond three standard errors. One fall can be a matter of taste; two are a sign that
-    the reward is hacked, so fewer than two give an empty list.
+    Rises and falls count beyond three standard errors: one fall can be a matter of taste.
     """
-    if record.get("gain", 0) <= 3 * record.get("gain_se", 0):
+
+    def clear(value, error, sign):
+        return None not in (value, error) and sign * value > 3 * error
+
+    if not clear(record.get("gain"), record.get("gain_se"), 1):
         return []
-    fallen = [k for k, v in record["change"].items() if k not in trained and v < -3 * record["change_se"][k]]
+    names = [name for name in record["change"] if name not in record["terms"]]
+    fallen = [name for name in names if clear(record["change"][name], record["change_se"][name], -1)]
     return fallen if len(fallen) > 1 else []

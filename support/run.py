@@ -1,126 +1,201 @@
-"""The folder of a run: configuration, metrics, checkpoints, whole or not at all; interruption and memory."""
+"""A run: its folder, the files in it, each whole or not at all; the progress bar; interruption."""
 
+import hashlib
+import io
 import itertools
 import json
-import pickle
 import re
+import shutil
 import signal
+import sys
+from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import torch
 from tqdm import tqdm
 
-from adapters import save_lora
-from errors import UserError, first_line
+from support.errors import UserError, first_line
+from support.evaluation import gather_rows, plus_minus, process_rank, signs_of_hacking
+from support.pictures import animate, grid, report, save_picture
 
 
-def new_folder(args):
-    """Make the folder out/name of a new run, with a name after the reward if none is given."""
-    if args.name is None:
-        stem = re.sub(r"[^\w.]+", "-", args.reward).strip("-.")[-60:]
-        names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
-        args.name = next(name for name in names if not Path(args.out, name).exists())
-    folder = Path(args.out, args.name)
-    try:
-        folder.mkdir(parents=True)
-        (folder / "samples").mkdir()
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {first_line(error)}") from error
-    return folder
-
-
-def write_config(folder, args):
-    config = {key: value for key, value in vars(args).items() if key != "resume"}
-    write(folder / "config.json", json.dumps(config, indent=2) + "\n")
-
-
-def read_config(folder):
-    """The configuration of a run. UserError if `folder` is none."""
-    try:
-        return json.loads(Path(folder, "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder} is not the folder of a run: {first_line(error)}") from error
-
-
-def write(path, text):
-    """Write a text file beside its place, then move it there."""
+def write_whole(path, data):
+    """Write bytes beside their place, then move them there."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_bytes(data)
     part.replace(path)
 
 
-def write_metrics(folder, records):
-    """Write metrics.jsonl: one JSON object a line."""
-    write(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+def read_config(folder, keys=None):
+    """The arguments, all or those named, that a run was started with: ["--key=value", ...]."""
+    try:
+        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8")).items()
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder} is not the folder of a run: {first_line(error)}") from error
+    flags = [(f"--{k.replace('_', '-')}", v) for k, v in config if keys is None or k in keys]
+    return [flag if v is True else f"{flag}={v}" for flag, v in flags if v not in (None, False)]
 
 
-def append_metrics(folder, record):
-    """Add a line to metrics.jsonl."""
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
+def read_metrics(folder):
+    """The records of a run. A line that was cut short by a crash is passed over."""
+    records, path = [], Path(folder, "metrics.jsonl")
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with suppress(ValueError, KeyError, TypeError):
+            records += [json.loads(line)] if json.loads(line)["iteration"] >= 0 else []
+    return records
 
 
-def read_metrics(folder, last):
-    """The records up to iteration `last`; a line that was cut short by a crash is passed over."""
-    records, path = [], folder / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return [record for record in records if record["iteration"] <= last]
+class Run:
+    """What is written down of a run and said of it; of several processes the first alone does either.
 
-
-def save_state(folder, iteration, part, lora, optimizer):
-    """Write lora.safetensors and state.pt; the checkpoint before stays as state.previous.pt.
-
-    part: the pipeline's name for the network that the LoRA is around.
+    args: everything that the command line can say. `records`: the metrics, one dict an iteration, the first
+    of the base model. UserError if the run's name cannot be used, or is taken and not to be resumed.
     """
-    save_lora(lora, folder / "lora.safetensors", part)
-    weights = [p.detach().cpu() for p in lora.parameters]
-    state = {"iteration": iteration, "lora": weights, "optimizer": optimizer.state_dict()}
-    torch.save(state, folder / "state.part")
-    if (folder / "state.pt").exists():
-        (folder / "state.pt").replace(folder / "state.previous.pt")
-    (folder / "state.part").replace(folder / "state.pt")
+
+    def __init__(self, args):
+        if args.name is None:
+            stem = re.sub(r"[^\w.]+", "-", args.reward, flags=re.ASCII).strip("-.")[-60:] or "run"
+            names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
+            args.name = next(name for name in names if not Path(args.out, name).exists())
+        if not re.fullmatch(r"\w[\w.-]{0,99}", args.name, re.ASCII):
+            raise UserError(f"--name {args.name[:100]}: at most 100 letters, digits, - . and _")
+        self.args, self.folder = args, Path(args.out, args.name)
+        if self.folder.exists() and not args.resume:
+            raise UserError(f"the run {self.folder} exists: choose another --name, or add --resume")
+        self.records, self.interrupted, self.first = [], [], process_rank() == 0
+
+    def begin(self, record, pictures, captions):
+        """Start with the record and samples of the base model; they are written with the next ones."""
+        self.records, self.base = [record], grid(pictures, captions, 8)
+
+    def make_folder(self):
+        """Make the folder with configuration, base record and samples: all of it, or none."""
+        if self.first and not self.folder.exists():
+            part = self.folder.with_name(f".{self.folder.name}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            (part / "samples").mkdir(parents=True)
+            self.write_metrics(part)
+            self.base.save(part / "samples" / "000000.png")
+            part.rename(self.folder)
+
+    def write_metrics(self, folder):
+        """Write the configuration, and the records so far."""
+        config = {key: value for key, value in vars(self.args).items() if key != "resume"}
+        write_whole(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        lines = "".join(json.dumps(record) + "\n" for record in self.records)
+        write_whole(folder / "metrics.jsonl", lines.encode())
+
+    def resume(self, restore):
+        """Go on from the newest checkpoint that `restore(state)` takes without error, or from the start.
+
+        A damaged one, by its checksum or its contents, is passed over for the one before, and that is said.
+        UserError if none is left.
+        """
+        records, done, damaged = read_metrics(self.folder), 0, False
+        for path in (self.folder / "state.pt", self.folder / "state.previous.pt"):
+            try:
+                checksum, data = path.read_bytes().split(b"\n", 1)
+                if hashlib.sha256(data).hexdigest().encode() != checksum:
+                    raise ValueError("its checksum is wrong")
+                state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+                restore(state)
+                done = state["iteration"]
+                break
+            except FileNotFoundError:
+                continue
+            except Exception as error:  # whatever damage does
+                damaged = True
+                tqdm.write(f"{path} is damaged ({first_line(error)}): going back to the checkpoint before it")
+        self.records = [record for record in records if record["iteration"] <= done]
+        complete = [record["iteration"] for record in self.records] == list(range(done + 1))
+        if not complete or (damaged and not done):
+            raise UserError(f"{self.folder} cannot be resumed, its files are damaged: start a new run")
+        if self.first:
+            self.write_metrics(self.folder)
+
+    def iterations(self):
+        """The iterations that are left, with a progress bar; from here on Ctrl-C asks to stop after one."""
+
+        def on_interrupt(signum, frame):
+            self.interrupted.append(signum)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            tqdm.write("finishing this iteration, then saving (Ctrl-C again to stop at once)", sys.stderr)
+
+        signal.signal(signal.SIGINT, on_interrupt)
+        done, total = self.records[-1]["iteration"], self.args.iterations
+        steps = range(done + 1, total + 1)
+        self.bar = tqdm(steps, self.args.name, initial=done, total=total, disable=not self.first)
+        return self.bar
+
+    def log(self, record, pictures, captions):
+        """Add a record to metrics.jsonl, pictures (or None) to the samples, and show the progress."""
+        self.make_folder()
+        self.records.append(record)
+        if not self.first:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        if pictures is not None:
+            path = self.folder / "samples" / f"{record['iteration']:06}.png"
+            save_picture(grid(pictures, captions, 8), path)
+        self.print_progress(record)
+
+    def save(self, **state):
+        """Write a checkpoint of tensors and numbers, after the last record; the one before stays."""
+        if self.first:
+            file, path = io.BytesIO(), self.folder / "state.pt"
+            torch.save(state | {"iteration": self.records[-1]["iteration"]}, file)
+            if path.exists():
+                path.replace(self.folder / "state.previous.pt")
+            write_whole(path, hashlib.sha256(file.getvalue()).hexdigest().encode() + b"\n" + file.getvalue())
+
+    def stop_requested(self):
+        """Whether Ctrl-C was pressed in any of the processes."""
+        return bool(gather_rows([{"": torch.tensor([len(self.interrupted)])}])[""].any())
+
+    def stop(self):
+        """End the process with code 130."""
+        self.bar.close()
+        if self.first:
+            done, name = self.records[-1]["iteration"], self.args.name
+            print(f"stopped after iteration {done}; go on with --name {name} --resume")
+        sys.exit(130)
+
+    def print_progress(self, record):
+        """Rewards in the progress bar; warnings if they are no numbers, or are hacked."""
+        held_out = [r["held_out"] for r in self.records if r.get("held_out") is not None][-1:]
+        values = {"reward": record["reward"], "held-out": held_out[0] if held_out else None}
+        self.bar.set_postfix_str(", ".join(f"{k} {v:.2f}" for k, v in values.items() if v is not None))
+        if record["not_finite"]:
+            total = sum(r.get("not_finite", 0) for r in self.records)
+            warn(f"{total} rewards so far were no finite numbers; their groups were dropped")
+        if fallen := signs_of_hacking(record):
+            rose = f"the reward rose {record['gain']:.2f}, but at the cost of {changes(record, fallen)}"
+            warn(f"{rose}; it may be hacked: look at the samples, stop earlier, or raise --kl")
+
+    def print_summary(self):
+        """Draw the pictures of the run, and say in one line what was gained."""
+        if not self.first:
+            return
+        animate(self.folder)
+        report(self.folder, self.records, self.args.reward)
+        first, last = ([r for r in self.records if "change" in r][i] for i in (0, -1))
+        gained = changes(last, last["change"])
+        if last.get("gain") is not None:
+            before, after = (plus_minus(r["held_out"], r["held_out_se"], "") for r in (first, last))
+            gained = f"{before} -> {after} (gain {plus_minus(last['gain'], last['gain_se'])})"
+        seconds = sum(record.get("seconds", 0) for record in self.records)
+        print(
+            f"held-out {self.args.reward} {gained}, {last['images']} images, {seconds:.0f} s; "
+            f"see {self.folder / 'report.png'} and try: "
+            f'python sample.py --lora {self.folder} --compare --prompt "red apple"'
+        )
 
 
-def load_state(folder, lora, optimizer):
-    """Restore the newest checkpoint that can be read; returns its iteration, 0 if there is none."""
-    for path in (folder / "state.pt", folder / "state.previous.pt"):
-        try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-        except FileNotFoundError:
-            continue
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
-            print(f"{path} is damaged: falling back to the checkpoint before it")
-            continue
-        with torch.no_grad():
-            for p, saved in zip(lora.parameters, state["lora"]):
-                p.copy_(saved)
-        optimizer.load_state_dict(state["optimizer"])
-        return state["iteration"]
-    return 0
+def warn(text):
+    tqdm.write(f"warning: {text}", sys.stderr)
 
 
-def peak_memory(device):
-    """The most memory that has been in use, in MB: on the GPU since the last call, else by this process."""
-    if not device.startswith("cuda"):
-        return round(psutil.Process().memory_info().rss / 1e6)
-    peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return round(peak / 1e6)
-
-
-def catch_interrupt():
-    """A list that gets an element at the first Ctrl-C, for the loop to stop at; the second stops at once."""
-    interrupted = []
-
-    def note(signum, frame):
-        interrupted.append(signum)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        tqdm.write("finishing this iteration, then saving (Ctrl-C again to stop at once)")
-
-    signal.signal(signal.SIGINT, note)
-    return interrupted
+def changes(record, names):
+    """The changes of some watched rewards as text."""
+    return ", ".join(f"{k} {plus_minus(record['change'][k], record['change_se'][k])}" for k in names)

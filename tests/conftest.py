@@ -1,5 +1,16 @@
-"""Read by pytest before any test: no test may try the network."""
+"""Read by pytest before any test: no test may try the network, and Ctrl-C stays with pytest."""
 
 import os
+import signal
+
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def interrupt_handler():
+    """Training in this process takes Ctrl-C over: give it back."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)

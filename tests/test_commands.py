@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,20 +22,20 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-import errors
 import sample
-import services
 import train
-from evaluation import paid_with
+import zoo.http
+from support.errors import run_command
+from support.evaluation import mean_and_error, signs_of_hacking
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--reward", "colorfulness", "--pairs", "8", "--steps", "2", "--lr", "2e-3", "--eval-every", "4"]
 
 
 def start(*args, cwd):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
     return subprocess.Popen(
-        [sys.executable, HERE / args[0], *map(str, args[1:])],
+        [sys.executable, ROOT / args[0], *map(str, args[1:])],
         cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -52,6 +53,11 @@ def metrics(folder):
     return [{k: v for k, v in r.items() if k not in ("seconds", "memory_mb")} for r in records]
 
 
+def state_of(folder):
+    """The newest checkpoint of a run, without its checksum."""
+    return torch.load(io.BytesIO((folder / "state.pt").read_bytes().split(b"\n", 1)[1]), weights_only=True)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A short training run that nothing interrupts: its folder and what it said."""
@@ -63,7 +69,8 @@ def whole(tmp_path_factory):
 
 def test_training_raises_the_reward_and_leaves_a_complete_folder(whole):
     folder, out = whole
-    names = "config.json evolution.webp lora.safetensors metrics.jsonl report.png samples state.pt"
+    names = "config.json evolution.webp lora.safetensors metrics.jsonl report.png samples"
+    names += " state.previous.pt state.pt"
     assert [path.name for path in sorted(folder.iterdir())] == names.split()
     assert [path.name for path in sorted((folder / "samples").iterdir())] == [
         "000000.png",
@@ -96,24 +103,27 @@ def kill_when(seen, process, timeout=120):
 
 def test_killed_and_resumed_gives_the_same_numbers(whole, tmp_path):
     folder = tmp_path / "runs" / "again"
-    args = ["train.py", *SHORT, "--name", "again", "--save-every", 2, "--iterations", 8]
+    args = ["train.py", *SHORT, "--name", "again", "--iterations", 8]
     lines = folder / "metrics.jsonl"
-    # between checkpoints: after the third iteration is written down, one after the checkpoint
+    # while an iteration runs, and while the file that will be state.pt grows
     kill_when(lambda: lines.exists() and len(lines.read_text().splitlines()) >= 4, start(*args, cwd=tmp_path))
     assert not (folder / "report.png").exists()
-    # within a checkpoint: while the file that will be state.pt grows
-    kill_when((folder / "state.part").exists, start(*args, "--resume", cwd=tmp_path))
-    # and the newest checkpoint is damaged, as by a full disk
+    kill_when((folder / "state.pt.part").exists, start(*args, "--resume", cwd=tmp_path))
+    # one bit of the newest checkpoint is flipped; what was damaged is said, and nothing is lost
     state = folder / "state.pt"
-    for name in ("state.pt", "state.previous.pt"):
-        if (folder / name).exists():
-            torch.load(folder / name, weights_only=True)
-    state.replace(folder / "state.previous.pt")
-    state.write_bytes((folder / "state.previous.pt").read_bytes()[:1000])
-    code, out, err = command("train.py", "--name", "again", "--resume", cwd=tmp_path)
+    if not state.exists():  # killed between the two renamings
+        state.write_bytes((folder / "state.previous.pt").read_bytes())
+    data = bytearray(state.read_bytes())
+    data[len(data) // 2] ^= 1
+    state.write_bytes(data)
+    code, out, err = command("train.py", "--name", "again", "--resume", "--batch", 6, cwd=tmp_path)
     assert code == 0, err
-    assert "state.pt is damaged" in out
-    assert metrics(folder) == metrics(whole[0])
+    assert "state.pt is damaged (its checksum is wrong)" in out + err
+    for one, two in zip(metrics(folder), metrics(whole[0]), strict=True):
+        assert one == two if one["iteration"] < 3 else one.keys() == two.keys()
+        for key in ("reward", "grad_norm", "drift", "gain", "images", "evaluations"):
+            if key in one:  # in batches of another size, float32 sums in another order
+                assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-5), key
 
 
 def test_interrupted_run_saves_and_exits_130(tmp_path):
@@ -126,7 +136,7 @@ def test_interrupted_run_saves_and_exits_130(tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "--name x --resume" in out and "Traceback" not in err
-    assert torch.load(folder / "state.pt", weights_only=True)["iteration"] == metrics(folder)[-1]["iteration"]
+    assert state_of(folder)["iteration"] == metrics(folder)[-1]["iteration"]
 
 
 def test_a_service_that_goes_down_loses_nothing(tmp_path, monkeypatch, capsys):
@@ -153,13 +163,12 @@ def test_a_service_that_goes_down_loses_nothing(tmp_path, monkeypatch, capsys):
 
     def run():
         with pytest.raises(SystemExit) as stop:
-            errors.run(train.main)
+            run_command(train.main)
             sys.exit(0)
         return stop.value.code
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "catch_interrupt", list)
-    monkeypatch.setattr(services.Http.__init__, "__defaults__", (5, 2, 0.01, 10**6))
+    monkeypatch.setattr(zoo.http.Http.__init__, "__defaults__", (5, 2, 0.01, 10**6))
     (tmp_path / "prompts.txt").write_text("sun\nrobot")
     small = "--prompts prompts.txt --pairs 2 --steps 2 --iterations 4 --watch brightness --name x"
     command = ["train.py", "--reward", "http://127.0.0.1:8766/score", *small.split()]
@@ -170,7 +179,7 @@ def test_a_service_that_goes_down_loses_nothing(tmp_path, monkeypatch, capsys):
     server.server_close()
     err = capsys.readouterr().err.splitlines()[-1]
     assert "http://127.0.0.1:8766/score did not answer, 2 times: 500" in err
-    assert torch.load(tmp_path / "runs" / "x" / "state.pt", weights_only=True)["iteration"] == 2
+    assert state_of(tmp_path / "runs" / "x")["iteration"] == 2
     server = serve(100)
     monkeypatch.setattr(sys, "argv", ["train.py", "--name", "x", "--resume"])
     assert run() == 0
@@ -185,16 +194,29 @@ def test_a_hacked_reward_is_called_out(tmp_path):
     assert code == 0 and "warning: the reward rose" in err and "clip -" in err and "may be hacked" in err
 
 
-def test_what_a_reward_is_paid_with_are_two_falls_beyond_three_errors():
-    def record(gain, **change):
+def test_two_falls_beyond_three_errors_are_signs_of_hacking():
+    def record(gain, trained=(), **change):
         errors = dict.fromkeys(change, 1.0)
-        return {"gain": gain, "gain_se": 1.0, "change": change, "change_se": errors}
+        terms = dict.fromkeys(trained, 0.0)
+        return {"gain": gain, "gain_se": 1.0, "change": change, "change_se": errors, "terms": terms}
 
-    assert paid_with(record(4, a=-4.0, b=-3.1, c=5.0), {}) == ["a", "b"]
-    assert paid_with(record(4, a=-4.0, b=-2.9), {}) == []
-    assert paid_with(record(2, a=-4.0, b=-4.0), {}) == []  # nothing was gained
-    assert paid_with(record(4, a=-4.0, b=-4.0), {"a": None}) == []  # a is part of what is trained
-    assert paid_with({"reward": 1.0}, {}) == []  # nothing was measured
+    assert signs_of_hacking(record(4, a=-4.0, b=-3.1, c=5.0)) == ["a", "b"]
+    assert signs_of_hacking(record(4, a=-4.0, b=-2.9)) == []
+    assert signs_of_hacking(record(2, a=-4.0, b=-4.0)) == []  # nothing was gained
+    assert signs_of_hacking(record(4, ["a"], a=-4.0, b=-4.0)) == []
+    assert signs_of_hacking({"reward": 1.0}) == []  # nothing was measured
+    alone = record(4, a=-4.0, b=-4.0)
+    alone["change_se"] = {"a": None, "b": None}  # one prompt has no error
+    assert signs_of_hacking(alone) == []
+
+
+def test_errors_are_over_prompts():
+    values = torch.tensor([1.0, 3.0, 5.0, 5.0, 0.0, 2.0, torch.nan])
+    prompts = torch.tensor([7, 7, 2, 2, 9, 9, 4])
+    mean, error = mean_and_error(values, prompts)  # of the prompts' means, 2, 5 and 1
+    assert mean == pytest.approx(16 / 6) and error == pytest.approx(torch.tensor([2.0, 5, 1]).std() / 3**0.5)
+    assert mean_and_error(values[:2], prompts[:2]) == (2.0, None)  # one prompt says nothing of the others
+    assert mean_and_error(values[-1:], prompts[-1:]) == (None, None)
 
 
 def test_sample_compares_a_run_with_its_base(whole, tmp_path):
@@ -215,7 +237,6 @@ def test_other_estimators_run_from_the_same_command_line(estimator, tmp_path, mo
     (tmp_path / "prompts.txt").write_text("sun\nrobot")
     small = "--reward brightness --prompts prompts.txt --steps 2 --iterations 1"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "catch_interrupt", list)  # or Ctrl-C would no longer stop pytest
     monkeypatch.setattr(sys, "argv", ["train.py", "--estimator", *estimator.split(), *small.split()])
     train.main()
     last = metrics(tmp_path / "runs" / "brightness")[-1]
@@ -228,28 +249,48 @@ BAD = {
     "--watch nonsense": "known: aesthetic, clip",
     "--reward brightness**2": "column 1",
     "--reward broken.py:f": "broken.py:f raised ValueError: no luck",
-    "--reward nan.py:f": "nan.py:f has no number for any of the held-out prompts",
+    "--reward nan.py:f": "nan.py:f is undefined for all of the held-out prompts",
     "--reward short.py:f": "must return [64] numbers, not [1]",
-    "--estimator newton": "known: fdfo, spsa, central",
-    "--branches 2 --train-branches 3": "--train-branches 3 is more than --branches 2",
+    "--estimator newton": "known: fdfo, spsa, central, file.py:function",
+    "--estimator missing.py:f": "there is no file missing.py",
+    "--estimator lazy.py:f --iterations 1": "must add to every .grad",
+    "--estimator lazy.py:g --iterations 1": "lazy.py:g raised KeyError",
+    "--estimator lazy.py:lr": "conflicting option string: --lr of train.py",
+    "--h 0.5": "--estimator fdfo takes --branches, --churn",
+    "--estimator spsa --churn 0.5": "--estimator spsa takes --h, --directions",
+    "--branches 1 --iterations 1": "at least 2 branches",
     "--model nowhere": "none of tiny",
     "--model some/where": "cannot reach model some/where",
     "--model empty": "no model_index.json",
+    "--layers nothing": "nothing",
     "--prompts missing.txt": "no prompt file missing.txt",
     "--prompts empty.txt": "empty.txt is empty",
     "--prompts picture.bin": "picture.bin is not a text file",
+    "--prompts long.txt": "a prompt of 3000 characters",
     "--reward -jpeg_size": "--reward=-jpeg_size",
     "--iterations 0": "0 is not between 1 and",
+    "--iter 5": "unrecognized arguments: --iter 5",
+    "--pairs=--": "--pairs=--",
     "--churn -1": "-1 is not between",
+    "--churn inf": "invalid float value: 'inf'",
     "--lr fast": "invalid float value: 'fast'",
+    "--lr nan": "invalid float value: 'nan'",
+    "--seed 99999999999999999999": "is not between 0 and",
+    "--pairs ٣": "invalid int value",
     "--size large": "large is not a size as 512 or 768x512",
     "--size 100": "multiples of 8 pixels up to 64",
     "--name taken": "choose another --name",
+    "--name ../escape": "--name ../escape",
+    f"--name {'a' * 300}": "at most 100 letters",
     "--resume": "--name",
     "--name missing --resume": "missing is not the folder of a run",
     "--name taken --resume --lr 0.1": "--lr 0.0005",
-    "--estimator spsa --pairs 10": "not a multiple of --directions 16",
+    "--name list --resume": "list is not the folder of a run",
+    "--name odd --resume": "nonsense",
+    "--name steep --resume": "7.0 is not between 0 and 1",
+    "--estimator spsa --pairs 10 --iterations 1": "10 groups cannot be dealt out evenly to 16 directions",
     "--device cuda:99": "--device cuda:99",
+    "--device meta": "--device meta",
     "--no-such-flag": "unrecognized arguments: --no-such-flag",
 }
 
@@ -260,19 +301,29 @@ def test_bad_arguments_end_in_one_line(flags, tmp_path, monkeypatch, capsys):
     (tmp_path / "short.py").write_text("def f(images, prompts):\n    return [1.0]\n")
     (tmp_path / "nan.py").write_text("def f(images, prompts):\n    return [float('nan')] * len(images)\n")
     (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "long.txt").write_text("sun\n" + "very " * 600)
+    (tmp_path / "lazy.py").write_text(
+        "def f(problem, eps, cond, generator):\n    return 0\n"
+        "def g(problem, eps, cond, generator):\n    raise KeyError('no luck')\n"
+        "def lr(problem, eps, cond, generator, lr: float = 1.0):\n    return 0\n"
+    )
     (tmp_path / "picture.bin").write_bytes(b"\x89PNG\xff\xfe\x00")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "runs" / "taken").mkdir(parents=True)
-    (tmp_path / "runs" / "taken" / "config.json").write_text('{"lr": 0.0005, "out": "runs", "name": "taken"}')
+    configs = {"taken": '{"lr": 0.0005, "out": "runs", "name": "taken"}', "list": "[1]"}
+    configs |= {"odd": '{"nonsense": 3}', "steep": '{"lr": 7.0}'}
+    for name, text in configs.items():
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.json").write_text(text)
     before = sorted(tmp_path.rglob("*"))
     # in this process, since a new one takes seconds to import torch; two of them in real processes follow
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
     with pytest.raises(SystemExit) as stop:
-        errors.run(train.main)
+        run_command(train.main)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == ""
-    assert err.startswith("train.py: ") and err.count("\n") == 1 and BAD[flags] in err, err
+    (line,) = [line for line in re.split("[\r\n]+", err) if line and "0/1" not in line]  # but for the bar
+    assert line.startswith("train.py: ") and BAD[flags] in line, err
     assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts] == before
 
 
@@ -297,7 +348,7 @@ def test_bad_sample_arguments_end_in_one_line(flags, complaint, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["sample.py", *flags.split(), "--n", "1"])
     with pytest.raises(SystemExit) as stop:
-        errors.run(sample.main)
+        run_command(sample.main)
     assert stop.value.code == 2 and complaint in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
 
@@ -324,7 +375,7 @@ def test_tiny_models_can_be_rebuilt(tmp_path):
         code, out, err = command("tiny/build.py", stage, *options, cwd=tmp_path)
         assert code == 0, err
     for name in ("tiny-clip/model.safetensors", "tiny-aesthetic/model.safetensors"):
-        built, shipped = (load_file(folder / name) for folder in (tmp_path, HERE / "tiny"))
+        built, shipped = (load_file(folder / name) for folder in (tmp_path, ROOT / "tiny"))
         assert {k: w.shape for k, w in built.items()}.keys() == {
             k: w.shape for k, w in shipped.items()
         }.keys()

@@ -18,68 +18,70 @@ import torch.multiprocessing as mp
 from fdflow import central_difference, fdfo, spsa
 from test_fdflow import draw, small_problem
 
-HERE = Path(__file__).resolve().parent
-
-
-def gradient(estimator):
-    """The gradient of a small problem, the number of images, and how many numbers each reduction sent."""
-    # micro-batches of 3 groups, whichever process has them; a reward that is lost takes its group with it
-    problem, (eps, cond), sent, grads = small_problem(batch=6), draw(12), [], []
-    reward, all_reduce = problem.reward, dist.all_reduce
-    problem.reward = lambda x, c: torch.where(c == cond[4], torch.nan, reward(x, c))
-
-    def count(x):
-        sent.append(x.numel())
-        all_reduce(x)
-
-    def step():  # an optimiser that only looks
-        grads.append(torch.cat([p.grad.flatten() for p in problem.lora.parameters]))
-        for p in problem.lora.parameters:
-            p.grad = None
-
-    options = {"step": step} if estimator == ESTIMATORS["two updates"] else {}
-    dist.all_reduce = count
-    images = estimator(problem, eps, cond, torch.Generator().manual_seed(0), **options)["images"]
-    dist.all_reduce = all_reduce
-    step()
-    return torch.cat(grads), images, sent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 ESTIMATORS = {
     "fdfo": partial(fdfo, train_steps=2, kl=0.1),
-    "two updates": partial(fdfo, updates=2),
+    "three branches": partial(fdfo, branches=3),
     "spsa": partial(spsa, directions=4),
     "central": partial(central_difference, coordinates=9),
 }
 
 
-def worker(rank, folder):
+def gradient(estimator, batch):
+    """The gradient of a small problem, the number of images in all, and that of this process."""
+    problem, (eps, cond), shares = small_problem(batch=batch), draw(12), []
+    reward = problem.reward
+
+    def count(x, c):  # a reward that is lost takes its group with it
+        shares.append(len(x))
+        return torch.where(c == cond[4], torch.nan, reward(x, c))
+
+    problem.reward = count
+    images = estimator(problem, eps, cond, torch.Generator().manual_seed(0))
+    return torch.cat([p.grad.flatten() for p in problem.lora.parameters]), images, sum(shares)
+
+
+BATCHES = (1000, 7, 4, 1)
+
+
+def worker(rank, world, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save({name: gradient(e) for name, e in ESTIMATORS.items()}, folder / f"{rank}.pt")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world)
+    found = {(name, batch): gradient(e, batch) for name, e in ESTIMATORS.items() for batch in BATCHES}
+    torch.save(found, folder / f"{world}-{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_processes_give_the_gradient_of_one(tmp_path):
-    mp.spawn(worker, (tmp_path,), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_neither_processes_nor_batch_change_the_gradient(tmp_path, world):
+    mp.spawn(worker, (world, tmp_path), nprocs=world)
+    found = [torch.load(tmp_path / f"{world}-{rank}.pt") for rank in range(world)]
     for name, estimator in ESTIMATORS.items():
-        alone, images, sent = gradient(estimator)
-        assert alone.norm() > 0 and sent == []
-        for other, other_images, _ in (first[name], second[name]):
-            # float64, summed in another order
-            torch.testing.assert_close(other, alone, rtol=1e-10, atol=1e-12)
-            assert other_images == images
-    P = len(alone)
-    # fdfo: the unit of reward (a sum and a count), then the gradient, flat
-    assert first["fdfo"][2] == [2, P] and first["two updates"][2] == [2, P, P]
-    # in parameter space: one slope a direction or coordinate, and never a vector of parameters
-    assert first["spsa"][2] == [4] and first["central"][2] == [9] and P == 54
+        alone, images, work = gradient(estimator, 1000)
+        assert alone.norm() > 0 and images == work
+        for batch in BATCHES:
+            others, images_of_others, shares = zip(*(f[name, batch] for f in found))
+            for other in others:  # float64, summed in another order
+                torch.testing.assert_close(other, alone, rtol=1e-9, atol=1e-11)
+            assert set(images_of_others) == {images} and sum(shares) == images
+            # even shares, of whole groups, directions of 3 groups, or coordinates of 12
+            assert max(shares) - min(shares) <= {"spsa": 6, "central": 24}.get(name, 0), (name, batch)
+
+
+def test_too_many_processes_are_a_mistake(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 8)
+    problem, (eps, cond) = small_problem(), draw(4)
+    with pytest.raises(ValueError, match="8 processes"):
+        fdfo(problem, eps, cond, torch.Generator())
 
 
 def run(folder, *launcher):
     """The records of a short training run of the tiny model, with another number of processes each time."""
-    train = [HERE / "train.py", "--reward", "colorfulness", "--pairs", "8", "--batch", "8", "--steps", "2"]
+    train = [ROOT / "train.py", "--reward", "colorfulness", "--pairs", "8", "--batch", "8", "--steps", "2"]
     options = ["--lr", "2e-3", "--iterations", "2", "--watch", "", "--out", folder, "--name", "run"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, *train, *options]

@@ -1,0 +1,92 @@
+"""Command lines: errors of one line, checked numbers, prompt files, and the flags of an estimator."""
+
+import argparse
+import inspect
+import re
+import sys
+from pathlib import Path
+
+from support.errors import UserError, first_line
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser without abbreviations, whose errors are one line, plus `hint` for unknown flags."""
+
+    hint = ""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        for arg in sys.argv[1:] if args is None else args:
+            if arg.split("=")[-1] == "--":  # which argparse would take for an empty list
+                self.error(f"{arg} says nothing")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message):
+        if "expected one argument" in message:
+            message += "; where it begins with a minus, put an equals sign before: --reward=-jpeg_size"
+        if "unrecognized arguments" in message:
+            message += self.hint
+        self.exit(2, f"{self.prog}: {first_line(message)}\n")
+
+
+def number(kind, low=-float("inf"), high=float("inf")):
+    """An argparse type: a finite int or float within [low, high], of at most 20 characters."""
+
+    def parse(text):
+        if not re.fullmatch(r"[-+0-9.eE]{1,20}", text):
+            raise ValueError(text)
+        value = kind(text)
+        if not low <= value <= high or abs(value) == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def size(text):
+    """An argparse type: the size of an image in pixels, a side or width x height."""
+    if not re.fullmatch(r"[1-9][0-9]{1,3}(x[1-9][0-9]{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{text} is not a size as 512 or 768x512")
+    return text
+
+
+def read_prompts(path):
+    """The non-empty lines of a text file. UserError if there are none, or one is over 2,000 characters."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise UserError(f"no prompt file {path}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a text file of prompts: {first_line(error)}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"the prompt file {path} is empty; it needs one prompt a line")
+    if len(longest := max(prompts, key=len)) > 2000:
+        raise UserError(f"the prompt file {path} has a prompt of {len(longest)} characters; 2,000 are enough")
+    return prompts
+
+
+def options_of(estimator):
+    """The options of an estimator, its arguments after the first four: {name: inspect.Parameter}."""
+    return dict(list(inspect.signature(estimator).parameters.items())[4:])
+
+
+def add_estimator_arguments(parser, name, estimator):
+    """A flag for each option of an estimator: its type and default, its help from a line "option: text"."""
+    group, flags = parser.add_argument_group(f"--estimator {name}"), []
+    for option, parameter in options_of(estimator).items():
+        text = re.search(rf"^ *{option}: (.*)", inspect.getdoc(estimator) or "", re.MULTILINE)
+        words = f"{text[1] if text else ''} (default {parameter.default})".strip()
+        flags.append(f"--{option.replace('_', '-')}")
+        kinds = [kind for kind in (bool, int, float) if kind.__name__ in str(parameter.annotation)]
+        kind = kinds[0] if kinds else type(parameter.default)
+        if kind is bool:
+            group.add_argument(flags[-1], action="store_true", help=words, default=None)
+        elif kind in (int, float):
+            group.add_argument(flags[-1], type=number(kind, kind is int), help=words)
+        else:
+            group.add_argument(flags[-1], help=words)
+    parser.hint = f"; --estimator {name} takes {', '.join(flags) or 'no flags of its own'}"
