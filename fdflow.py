@@ -298,24 +298,3 @@ def draw_times(times, n, generators):
     times = torch.tensor(times, device=device)
     points = times[0] * (1 - (torch.arange(n, device=device)[:, None] + start) / n)
     return times[torch.searchsorted(-times[1:-1], -points)]
-
-
-def draw_steps(times, count, generators):
-    """Which steps are trained, [S, G], and their weights: all, or `count` random ones for each group.
-
-    A step counts by the share of time it covers, for so much does its velocity move the image. Random ones
-    are drawn by it, at points evenly spaced in time from a random start, and then count alike.
-    """
-    device, G = generators[0].device, len(generators)
-    shares = [(t - s) / times[0] for t, s in pairwise(times)]
-    if count is None:
-        return shares, torch.arange(len(shares), device=device)[:, None].expand(-1, G)
-    start = torch.cat([torch.rand(1, generator=g, device=device) for g in generators])
-    points = (torch.arange(count, device=device)[:, None] + start) / count
-    ends = torch.tensor(shares, device=device).cumsum(0)
-    return [1 / count] * count, torch.bucketize(points, ends[:-1], right=True)
-
-
-def mean_square(x):
-    """The mean of x^2 over all but the first dimension."""
-    return (x**2).flatten(1).mean(1)

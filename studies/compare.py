@@ -1,150 +1,170 @@
-"""How fast each method learns, on the bundled model: held-out reward against images, evaluations and seconds.
+"""How fast each method learns, on the bundled model: held-out gain against images, evaluations and seconds.
 
-python compare.py                # the methods, tuned alike; runs that are there already are not repeated
-python compare.py others         # where gradients of the reward, SPSA and central differences stand
-python compare.py sensitivity    # fdfo with other learning rates and churn
+python -m studies.compare                # methods tuned alike; runs that are there already are not repeated
+python -m studies.compare others         # where gradients of the reward, SPSA and central differences stand
+python -m studies.compare sensitivity    # fdfo with other learning rates and churn
 """
 
-import math
 import os
 import re
 import subprocess
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from matplotlib import pyplot as plt
 
-from errors import UserError, run
-from pictures import draw_costs, draw_sensitivity
-from runs import read_metrics
+from support.commands import Parser, number
+from support.errors import UserError, run_command
+from support.run import read_metrics
 
-# about 18,000 network evaluations each: 3,584 images of fdfo, 2,048 of most others
-SHORT, LONG = "--iterations 32 --eval-every 8", "--iterations 56 --eval-every 8"
-GRPO = f"--estimator flow-grpo --train-steps 2 {SHORT}"
-PUBLISHED = f"--estimator fdfo {SHORT} --pairs 32 --branches 2 --train-branches 2 --train-steps 3 --kl 0"
-METHODS = {  # name: flags, and the learning rates that are tried
-    "fdfo": (f"--estimator fdfo {LONG}", 0.0005, 0.001, 0.002),
-    "fdfo as published": (PUBLISHED, 0.0005, 0.001),
-    "flow-grpo": (GRPO, 0.001, 0.002),
-    "flow-grpo, same noise": (f"{GRPO} --shared-noise", 0.001, 0.002),
+BASELINE, SHORT = "--estimator studies/baselines.py:", "--iterations 32 --eval-every 8"
+FDFO, GRPO = "--estimator fdfo", f"{BASELINE}flow_grpo --pairs 8 --train-steps 2"
+METHODS = {  # as OTHERS each for about 18,000 evaluations of the network, but with the best of RATES
+    "fdfo": f"{FDFO} --iterations 56 --eval-every 14",
+    "fdfo, stored steps": f"{BASELINE}fdfo_published --churn 0.05 --updates 1 --iterations 24 --eval-every 6",
+    "flow-grpo": f"{GRPO} {SHORT}",
+    "flow-grpo, same noise": f"{GRPO} --shared-noise {SHORT}",
+    "awm": f"{BASELINE}awm --pairs 8 --iterations 48 --eval-every 12",
 }
+RATES = (0.0005, 0.001, 0.002, 0.004)
 OTHERS = {
-    "fdfo": (f"--estimator fdfo {LONG}", 0.001),
-    "reward gradient": (f"--estimator reward-gradient --train-steps 2 {SHORT}", 0.0002),
-    "backprop": (f"--estimator backprop --pairs 64 {SHORT}", 0.0002),
-    "spsa": ("--estimator spsa --iterations 8 --eval-every 2", 0.003),
-    "central": ("--estimator central --iterations 16 --eval-every 4", 0.02),
+    "fdfo": f"{FDFO} --iterations 56 --eval-every 14 --lr 0.001",
+    "reward gradient": f"{BASELINE}reward_gradient --pairs 64 --train-steps 2 {SHORT} --lr 0.0002",
+    "backprop": f"{BASELINE}backprop --pairs 64 {SHORT} --lr 0.0002",
+    "spsa": "--estimator spsa --iterations 24 --eval-every 6 --lr 0.003",
+    "central": "--estimator central --iterations 48 --eval-every 12 --lr 0.02",
 }
-STUDIES = {"methods": (METHODS, list(METHODS)[1:]), "others": (OTHERS, ["fdfo"])}
 SENSITIVITY = {
-    "lr": {x: f"--estimator fdfo {SHORT} --lr {x}" for x in (0.00025, 0.0005, 0.001, 0.002, 0.004)},
-    "churn": {x: f"--estimator fdfo {SHORT} --lr 0.001 --churn {x}" for x in (0.002, 0.01, 0.05, 0.3, 2.0)},
+    "lr": {x: f"{FDFO} {SHORT} --lr {x}" for x in (0.00025, 0.0005, 0.001, 0.002, 0.004)},
+    "churn": {x: f"{FDFO} {SHORT} --lr 0.001 --churn {x}" for x in (0.002, 0.01, 0.05, 0.3, 2.0)},
 }
-WEIGHT = {"aesthetic": 1, "clip": 0.2}  # the rewards that are trained, weighted as in the README
+WEIGHT = {"aesthetic": 1, "clip": 0.2}  # the rewards that are trained, and how a gain counts in the tuning
 OTHER = {"aesthetic": "clip", "clip": "aesthetic"}  # what is watched when one is trained
+TUNING_SEED = 100  # not among those that are reported
 
 
 def folder(args, flags, reward, seed):
-    """The folder of a run."""
-    return Path(args.out, re.sub(r"[^\w.]+", "-", f"{reward} {flags} seed {seed}".replace("--", "")))
+    """The folder of a run, after those of its flags that differ."""
+    words = re.sub(r"--estimator |studies/baselines.py:|--eval-every \d+", "", f"{reward} {flags}")
+    return Path(args.out, re.sub(r"[^\w.]+", "-", f"{words} seed {seed}"))
 
 
-def make(args, runs):
+def run_missing(args, runs):
     """Make those of the runs [(flags, reward, seed)] that are not there, each on one core."""
 
-    def one(task):
+    def run_one(task):
         path, (flags, reward, seed) = folder(args, *task), task
         if (path / "report.png").exists():
             return
-        command = f"train.py {flags} --reward {reward} --seed {seed} --out {args.out} --name {path.name}"
-        command += " --resume" * path.exists()
-        print(f"python {command}", flush=True)
-        command, one_core = [sys.executable, *command.split()], os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=one_core, capture_output=True, text=True)
+        command = ["train.py", *flags.split(), "--reward", reward, "--seed", str(seed)]
+        command += ["--out", args.out, "--name", path.name, *["--resume"] * path.exists()]
+        print(" ".join(["python", *command]), flush=True)
+        one_core = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *command], env=one_core, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{path}: {(done.stderr.strip() or 'stopped').splitlines()[-1]}")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(one, dict.fromkeys(runs)))
+        list(pool.map(run_one, dict.fromkeys(runs)))
 
 
 def curves(args, flags, reward, seeds):
-    """What the runs of some seeds measured: {name: [seeds, evaluations on held-out prompts]}."""
+    """What the runs of some seeds measured on the way: {name: [seeds, points]}."""
     found = []
     for seed in seeds:
-        records = read_metrics(folder(args, flags, reward, seed), math.inf)
+        records = read_metrics(folder(args, flags, reward, seed))
         seconds = np.cumsum([record.get("seconds", 0) for record in records])
         found.append([{**r, **r["change"], "seconds": s} for r, s in zip(records, seconds) if "change" in r])
     names = ["images", "evaluations", "seconds", "gain", *found[0][0]["change"]]
     return {name: np.array([[record[name] for record in records] for records in found]) for name in names}
 
 
-def tune(args, methods):
-    """Sweep the learning rates of methods with seed 0; returns {method: its best flags} and a table.
-
-    Best is the largest sum of what is gained on each reward when it is trained, times its WEIGHT.
-    """
-    trials = [f"{flags} --lr {rate}" for flags, *rates in methods.values() for rate in rates]
-    make(args, [(trial, reward, 0) for reward in WEIGHT for trial in trials])
-    best, lines = {}, ["| method | lr | aesthetic: gain | clip | clip: gain | aesthetic |", "|---" * 6 + "|"]
-    for name, (flags, *rates) in methods.items():
-        runs = {rate: {r: curves(args, f"{flags} --lr {rate}", r, [0]) for r in WEIGHT} for rate in rates}
-        score = {rate: sum(w * c[r][r][0, -1] for r, w in WEIGHT.items()) for rate, c in runs.items()}
-        best[name] = f"{flags} --lr {max(score, key=score.get)}"
-        for rate, c in runs.items():
-            mark = "**" * best[name].endswith(f" {rate}")
-            cells = [f"{c[r][n][0, -1]:+.2f}" for r in WEIGHT for n in (r, OTHER[r])]
-            lines.append(f"| {name} | {mark}{rate}{mark} | {' | '.join(cells)} |")
+def tune(args):
+    """Try all RATES on METHODS. Returns {method: its best flags} and a table of their weighted gains."""
+    trials = {method: {rate: f"{flags} --lr {rate}" for rate in RATES} for method, flags in METHODS.items()}
+    swept = [flags for rates in trials.values() for flags in rates.values()]
+    run_missing(args, [(flags, reward, TUNING_SEED) for reward in WEIGHT for flags in swept])
+    best, lines = {}, [f"| --lr | {' | '.join(map(str, RATES))} |", "|---" * (1 + len(RATES)) + "|"]
+    for method, rates in trials.items():
+        runs = [{r: curves(args, flags, r, [TUNING_SEED]) for r in WEIGHT} for flags in rates.values()]
+        scores = [sum(w * c[r]["gain"][0, -1] for r, w in WEIGHT.items()) for c in runs]
+        best[method] = rates[RATES[np.argmax(scores)]]
+        lines.append(f"| {method} | {' | '.join(f'{score:+.2f}' for score in scores)} |")
     return best, lines
 
 
-def reach(c, goal):
-    """What runs have spent and changed, {name: number}, when their mean gain is first `goal`; or None."""
-    gain, points = np.maximum.accumulate(c["gain"].mean(0)), np.arange(c["gain"].shape[1])
-    at = np.interp(goal, gain, points)
-    return {name: np.interp(at, points, v.mean(0)) for name, v in c.items()} if gain[-1] >= goal else None
+def cost_to_reach(c, goal):
+    """The evaluations of the network until the mean gain over seeds is first `goal`; None if it never is."""
+    gain, costs = np.maximum.accumulate(c["gain"].mean(0)), c["evaluations"].mean(0)
+    end = np.argmax(gain >= goal) + 1  # of the first point that is there
+    return np.interp(goal, gain[:end], costs[:end]) if gain[-1] >= goal else None
 
 
-def table(measured, reward, goals):
-    """A table of {method: its runs}: where they end, and what they need to get where the `goals` do."""
-    other = OTHER[reward]
-    cells = {"images": ",.0f", "evaluations": ",.0f", "seconds": ",.0f", other: "+.2f", "diversity": "+.3f"}
-    lines = [f"| {reward} | gain | {other} |", "|---|---|---|"]
-    for goal in goals:
-        lines[0] += f" to the end of {goal}: {' | '.join(cells)} |"
-        lines[1] += "---|" * len(cells)
-    for name, c in measured.items():
-        end = c["gain"][:, -1]
-        lines.append(f"| {name} | {end.mean():+.2f} ± {end.std():.2f} | {c[other][:, -1].mean():+.2f} |")
-        for goal in goals:
-            at = reach(c, measured[goal]["gain"].mean(0)[-1])
-            row = [f"{at[k]:{form}}" for k, form in cells.items()] if at else ["never", *[""] * 4]
-            lines[-1] += f" {' | '.join(row)} |"
+def table(measured, reward):
+    """A table of {method: its runs}: where each ends, and what it needs to get where the others do."""
+    heads = [reward, "gain", OTHER[reward], "diversity", *(f"evaluations to reach {m}" for m in measured)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for method, c in measured.items():
+        gain, other, diversity = (c[name][:, -1] for name in ("gain", OTHER[reward], "diversity"))
+        costs = [cost_to_reach(c, goal["gain"].mean(0)[-1]) for goal in measured.values()]
+        cells = [method, f"{gain.mean():+.2f} ± {gain.std(ddof=1):.2f}"]
+        cells += [f"{other.mean():+.2f}", f"{diversity.mean():+.3f}"]
+        cells += ["never" if cost is None else f"{cost:,.0f}" for cost in costs]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
+def draw_costs(path, measured):
+    """Draw mean gains, and bands of a standard deviation, against costs; and against harm, as a frontier."""
+    costs = {"images": "images", "evaluations": "evaluations of the network", "seconds": "seconds, one core"}
+    figure, axes = plt.subplots(len(measured), 5, figsize=(22, 9), sharey="row", layout="constrained")
+    for row, (reward, methods) in zip(axes, measured.items()):
+        row[0].set_ylabel(f"gain in held-out {reward}")
+        watched = {name: f"change in {name}, watched" for name in (OTHER[reward], "diversity")}
+        for axis, (name, label) in zip(row, (costs | watched).items()):
+            axis.set(xlabel=label, title="cost" if name in costs else "frontier: right and up is better")
+            for method, c in methods.items():
+                x, gain, band = c[name].mean(0), c["gain"].mean(0), c["gain"].std(0, ddof=1)
+                (line,) = axis.plot(x, gain, ".-", label=method)
+                if name in costs:  # a change may turn back
+                    axis.fill_between(x, gain - band, gain + band, color=line.get_color(), alpha=0.15, lw=0)
+    axes[0, 0].legend(fontsize="small")
+    figure.savefig(path, dpi=70)
+
+
+def draw_sensitivity(path, args):
+    """Draw where the runs of SENSITIVITY end: gain and change in clip against the value of each flag."""
+    figure, axes = plt.subplots(2, len(SENSITIVITY), figsize=(9, 6), sharey="row", layout="constrained")
+    for column, (flag, trials) in zip(axes.T, SENSITIVITY.items()):
+        runs = [curves(args, flags, "aesthetic", [0]) for flags in trials.values()]
+        for axis, name in zip(column, ("gain", "clip")):
+            axis.plot([f"{value:g}" for value in trials], [c[name][0, -1] for c in runs], "o-")
+            axis.set(xlabel=f"--{flag}", ylabel="change in clip" if name == "clip" else "gain in aesthetic")
+    figure.savefig(path, dpi=80)
+
+
 def main():
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("study", nargs="?", choices=(*STUDIES, "sensitivity"), default="methods")
+    parser = Parser(description=__doc__)
+    parser.add_argument("study", nargs="?", choices=("methods", "others", "sensitivity"), default="methods")
     parser.add_argument("--out", default="runs/compare", help="folder of the runs (default runs/compare)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default 3)")
+    parser.add_argument("--seeds", type=number(int, 2, 100), default=3, help="runs of each (default 3)")
     args = parser.parse_args()
-    picture = Path(args.out, f"{args.study}.png")
+    picture, seeds = Path(args.out, f"{args.study}.png"), range(args.seeds)
     if args.study == "sensitivity":
-        make(args, [(flags, "aesthetic", 0) for trials in SENSITIVITY.values() for flags in trials.values()])
-        return draw_sensitivity(picture, SENSITIVITY, lambda flags: curves(args, flags, "aesthetic", [0]))
-    (methods, goals), seeds = STUDIES[args.study], range(args.seeds)
-    best, lines = tune(args, methods)
-    make(args, [(flags, reward, seed) for reward in WEIGHT for seed in seeds for flags in best.values()])
-    measured = {r: {name: curves(args, flags, r, seeds) for name, flags in best.items()} for r in WEIGHT}
+        trials = [flags for values in SENSITIVITY.values() for flags in values.values()]
+        run_missing(args, [(flags, "aesthetic", 0) for flags in trials])
+        return draw_sensitivity(picture, args)
+    best, lines = tune(args) if args.study == "methods" else (OTHERS, [])
+    run_missing(args, [(flags, r, seed) for r in WEIGHT for seed in seeds for flags in best.values()])
+    measured = {r: {m: curves(args, flags, r, seeds) for m, flags in best.items()} for r in WEIGHT}
     for reward in WEIGHT:
-        lines += ["", *table(measured[reward], reward, goals)]
-    draw_costs(picture, measured, OTHER)
+        lines += ["", *table(measured[reward], reward)]
+    draw_costs(picture, measured)
     picture.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print(*lines, f"see {picture}", sep="\n")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

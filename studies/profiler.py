@@ -13,8 +13,8 @@ for end in ("", "_backward"):
     flop_registry[getattr(aten, f"{attention}_for_cpu{end}")] = flop_registry[getattr(aten, attention + end)]
 
 
-class Phases(TorchDispatchMode):
-    """Seconds, operations and peak memory of each phase, without those of the phases inside it."""
+class Profiler(TorchDispatchMode):
+    """A table {phase: [seconds, operations, peak bytes]}, each without those of the phases inside it."""
 
     def __init__(self, device):
         super().__init__()
@@ -22,7 +22,7 @@ class Phases(TorchDispatchMode):
         self.table, self.phase, self.last = {"preparing": [0, 0, 0]}, "preparing", (time.perf_counter(), 0)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        """For shapes alone: count operations, and follow the storage of every result until it is let go."""
+        """Count operations, and follow the storage of every result until it is freed."""
         result = function(*args, **kwargs or {})
         if function.overloadpacket in flop_registry:
             self.operations += flop_registry[function.overloadpacket](*args, **kwargs or {}, out_val=result)
@@ -31,16 +31,16 @@ class Phases(TorchDispatchMode):
             if storage is not None and storage._cdata not in self.known:
                 self.known.add(storage._cdata)
                 self.live += storage.nbytes()
-                finalize(storage, self.let_go, storage._cdata, storage.nbytes())
+                finalize(storage, self.free, storage._cdata, storage.nbytes())
         self.table[self.phase][2] = max(self.table[self.phase][2], self.live)
         return result
 
-    def let_go(self, key, size):
+    def free(self, key, size):
         self.known.discard(key)
         self.live -= size
 
     def enter(self, phase):
-        """Book what happened since the last call, go over to another phase and return the former."""
+        """Add what happened since the last call to the current phase; start another, return the former."""
         row, former = self.table[self.phase], self.phase
         if self.device.startswith("cuda"):
             torch.cuda.synchronize()
@@ -52,8 +52,8 @@ class Phases(TorchDispatchMode):
         self.table.setdefault(phase, [0, 0, 0])
         return former
 
-    def booked(self, phase, function):
-        """The function, with what it uses booked under the name of a phase."""
+    def profiled(self, phase, function):
+        """The function, with what it uses counted under the name of a phase."""
 
         def wrapper(*args, **options):
             outer = self.enter(phase)

@@ -1,7 +1,9 @@
 """A two-dimensional toy: post-train a small flow and see which way each estimator points. Draws toy.png.
 
-python toy.py
+python -m studies.toy
 """
+
+from functools import partial
 
 import torch
 from torch import nn
@@ -26,14 +28,12 @@ def reward(x, cond=None):
 
 
 class Velocity(nn.Module):
-    """A small network v(x, t)."""
+    """A small network v(x [B, 2], t), t a float or [B]."""
 
     def __init__(self, width=64):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(4, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2),
-        )  # fmt: skip
+        hidden = (layer for _ in range(2) for layer in (nn.Linear(width, width), nn.SiLU()))
+        self.net = nn.Sequential(nn.Linear(4, width), nn.SiLU(), *hidden, nn.Linear(width, 2))
 
     def forward(self, x, t, cond=None):
         t = torch.as_tensor(t, dtype=x.dtype).expand(len(x))
@@ -71,33 +71,23 @@ def autograd(problem, eps, cond):
     (-problem.reward(x, cond).mean()).backward()
 
 
-def cosines(problem, repeats=4):
+def cosines(problem):
     """Cosine of each estimate with the autograd gradient, by images used: {name: [(images, cosine)]}."""
     autograd(problem, torch.randn(problem.batch, 2), torch.zeros(problem.batch))
-    exact = gradient(problem.lora)
-    estimators = {
-        "FDFO": lambda eps, cond: fdfo(problem, eps, cond, churn=0.1),
-        "SPSA": lambda eps, cond: spsa(problem, eps, cond, directions=len(eps) // 8),
-        "central difference": lambda eps, cond: central_difference(
-            problem, eps[:4], cond[:4], coordinates=len(eps) // 4
-        ),
-    }
-    curves = {}
-    for name, estimate in estimators.items():
-        curves[name] = []
-        for n in 2 ** torch.arange(4, 12):
+    exact, curves = gradient(problem.lora), {"FDFO": [], "SPSA": [], "central difference": []}
+    for n in (2 ** torch.arange(4, 12)).tolist():
+        estimators = [(n, partial(fdfo, churn=0.1)), (n, partial(spsa, directions=n // 8))]
+        estimators += [(4, partial(central_difference, coordinates=n // 4))]
+        for curve, (groups, estimate) in zip(curves.values(), estimators):
             found = []
-            for _ in range(repeats):
-                images = estimate(torch.randn(n, 2), torch.zeros(n))["images"]
-                found.append(torch.cosine_similarity(gradient(problem.lora), exact, dim=0))
-            curves[name].append((images, torch.stack(found).mean()))
+            for _ in range(4):
+                images = estimate(problem, torch.randn(groups, 2), torch.zeros(groups))
+                found.append(torch.cosine_similarity(gradient(problem.lora), exact, dim=0).item())
+            curve.append((images, sum(found) / 4))
     return curves
 
 
 def main():
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     torch.set_num_threads(1)  # networks this small only lose by more
@@ -105,33 +95,27 @@ def main():
     lora = LoRA(velocity, LAYERS, rank=4)
     problem = Problem(velocity, reward, lora, TIMES, batch=4096)
     optimizer = torch.optim.Adam(lora.parameters, 2e-3)
-    eps, cond = torch.randn(1500, 2), torch.zeros(1500)
-    with torch.no_grad():
-        before = sample(velocity, eps, cond, TIMES)
+    points = torch.no_grad()(partial(sample, velocity, torch.randn(1500, 2), None, TIMES))
+    before = points()
     for iteration in range(30):
         if iteration == 10:  # on the way, where the gradient is neither zero nor that of the start
             curves = cosines(problem)
         fdfo(problem, torch.randn(256, 2), torch.zeros(256), churn=0.1)
         optimizer.step()
         optimizer.zero_grad()
-    with torch.no_grad():
-        after = sample(velocity, eps, cond, TIMES)
+    after = points()
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for axis, x, name in ((axes[0], before, "before"), (axes[1], after, "after 30 iterations of FDFO")):
+    for axis, x, name in ((axes[0], before, "before"), (axes[1], after, "after 30 iterations")):
         axis.scatter(*x.T, c=reward(x), s=4, vmin=-3.5, vmax=0)
         axis.plot(*TARGET, "r*", markersize=14)
-        axis.set(
-            title=f"{name}: reward {reward(x).mean():.2f}", xlim=(-2.4, 3.0), ylim=(-1.7, 1.7), aspect="equal"
-        )
+        axis.set(xlim=(-2.4, 3), ylim=(-1.7, 1.7), aspect=1, title=f"{name}: reward {reward(x).mean():.2f}")
     for name, curve in curves.items():
         axes[2].plot(*zip(*curve), "o-", label=name)
+        print(f"{name}: " + ", ".join(f"{cosine:.2f} from {images} images" for images, cosine in curve[::2]))
     axes[2].set(xscale="log", xlabel="images", title="cosine with the autograd gradient", ylim=(-0.05, 1.02))
     axes[2].legend()
     figure.savefig("toy.png", dpi=90)
-    print(f"reward {reward(before).mean():.2f} -> {reward(after).mean():.2f}; drew toy.png")
-    for name, curve in curves.items():
-        print(f"{name}: " + ", ".join(f"{cosine:.2f} from {images} images" for images, cosine in curve[::2]))
 
 
 if __name__ == "__main__":

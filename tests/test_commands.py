@@ -353,6 +353,7 @@ def test_bad_sample_arguments_end_in_one_line(flags, complaint, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.ci
 def test_tiny_models_can_be_rebuilt(tmp_path):
     # pictures of circles and squares in three colours, a few steps of every stage
     images, names = (
