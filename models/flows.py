@@ -4,7 +4,12 @@ Every family keeps the model code, schedule and encoders of its diffusers pipeli
 network becomes a velocity. Each makes the very images of its pipeline for the same noise.
 """
 
-import math
+import functools
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -13,19 +18,27 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import fdflow
-from errors import UserError, first_line
-from models import load_pipeline
+from models.table import load_pipeline, read_index, text_encoders
+from support.errors import UserError, first_line
+
+CHUNK = 64  # texts encoded at a time
+IN_MEMORY = 2**30  # bytes of embeddings at most that need no files
 
 
-def load_flow(model, args, prompts):
-    """Load a Model as the Flow of its family and encode all prompts it will be asked for."""
+def load_flow(model, args, prompts, cache=None):
+    """Load a Model as the Flow of its family and encode all prompts it will be asked for.
+
+    args: what `fill_defaults` filled in. cache: a folder for embeddings of more than 1 GB: all processes of a
+    machine then share one copy, and the next run finds them there.
+    """
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {first_line(error)}") from error
-    pipe = load_pipeline(model.path, getattr(torch, args.dtype))
+    pipe = load_pipeline(model, getattr(torch, args.dtype))
     flow = FAMILIES[type(pipe).__name__](pipe, args, model.tokens)
-    flow.encode(prompts)
+    flow.encode(prompts, model, cache)
+    flow.to_device()
     return flow
 
 
@@ -34,33 +47,39 @@ class Flow:
 
     Latents x are float32 [B, C, H / 8, W / 8]; `cond` [B] holds indices into the prompts given to `encode`;
     `times` is the scheduler's own schedule, `train_times` the same without a last step from below 0.01, which
-    moves nothing. guidance > 1 is classifier-free guidance. `network` is the part that is trained, `part` its
-    name in the pipeline, `blocks` the classes of its repeated blocks.
+    moves nothing. guidance > 1 is classifier-free guidance. `network` is the part that is trained,
+    `network_name` its name in the pipeline, `blocks` the classes of its repeated blocks.
 
-    A family has `embed(prompts, unconditional)`, the tensors that its encoders make of prompts, or of none
-    (pipelines return both in turn: text, none, pooled, none), and `predict(x, t, *tensors)`, the velocity.
+    `outputs` names the outputs of each text encoder that are kept, `join(*outputs)` makes of them what the
+    network takes, text [B, N, C] and perhaps pooled text [B, D], and `predict(x, t, *joined)` the velocity.
     """
 
-    part = "transformer"
+    network_name = "transformer"
     patch = 1  # latent pixels to a side of the network's patch
     noise_scale = 1.0  # times the noise of a pipeline is normal noise
+    rows = None  # of the embeddings, for each prompt; without, a prompt has a row of `embeddings`, joined
 
     def __init__(self, pipe, args, tokens):
         """args has device, dtype, steps, size, guidance, compile and checkpointing, all filled in."""
         self.pipe, self.device, self.dtype = pipe, args.device, getattr(torch, args.dtype)
         self.guidance, self.tokens = args.guidance, tokens
-        self.network = getattr(pipe, self.part).eval().requires_grad_(False)
+        self.network = getattr(pipe, self.network_name).eval().requires_grad_(False)
+        # whether it takes a second, unconditional call; Flux has guidance built in
+        self.guided = self.guidance > 1 and not self.network.config.get("guidance_embeds")
         self.vae = pipe.vae.eval().requires_grad_(False)
+        if self.dtype == torch.float16 and self.vae.config.force_upcast:
+            self.vae.float()  # its activations leave the range of float16
         self.width, self.height = (int(side) for side in (args.size.split("x") * 2)[:2])
-        pixels = pipe.vae_scale_factor * self.patch
+        scale = pipe.vae_scale_factor
+        self.patch = getattr(pipe, "patch_size", self.patch)
+        pixels = scale * self.patch
         most = pixels * self.network.config.get("pos_embed_max_size", 1000)
         if self.width % pixels or self.height % pixels or max(self.width, self.height) > most:
             raise UserError(f"--size {args.size}: this model makes multiples of {pixels} pixels up to {most}")
-        scale = pipe.vae_scale_factor
         self.shape = (self.vae.config.latent_channels, self.height // scale, self.width // scale)
         self.times = self.schedule(args.steps)
         self.train_times = [t for t in self.times if t == 0 or t > 0.01]
-        self.prompts, self.last = [], (None, None)
+        self.last = None, None
         if args.checkpointing:
             self.network.enable_gradient_checkpointing()
         if args.compile:  # the repeated blocks only, which starts sooner than the whole network
@@ -69,6 +88,12 @@ class Flow:
             for module in self.network.modules():
                 if type(module).__name__ in self.blocks:
                     module.compile()
+
+    def to_device(self):
+        """Move the network and the VAE to the device; on CUDA convolutions are faster with channels last."""
+        layout = {"memory_format": torch.channels_last} if self.device.startswith("cuda") else {}
+        self.vae.to(self.device, **layout)
+        self.network.to(self.device, **layout if self.network_name == "unet" else {})
 
     def schedule(self, steps, sigmas=None):
         """The times of a flow-matching scheduler, shifted by the size of the image where it is dynamic."""
@@ -81,37 +106,66 @@ class Flow:
         return scheduler.sigmas.tolist()
 
     @torch.no_grad()
-    def encode(self, prompts):
-        """Encode prompts, once for all: `cond` is an index into them, and the encoders are let go."""
-        encoders = {k: e for k, e in self.pipe.components.items() if k.startswith("text_encoder") and e}
-        for encoder in encoders.values():
-            encoder.to(self.device)
-        distinct, self.prompts = list(dict.fromkeys(prompts)), list(prompts)
-        parts = [self.embed(distinct[i : i + 64], False) for i in range(0, len(distinct), 64)]
-        rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
-        self.embeddings = [torch.cat([a.cpu() for a in part])[rows] for part in zip(*parts)]
-        self.empty = [a.cpu() for a in self.embed(distinct[:1], True)] if self.guided else None
-        for name in encoders:
-            setattr(self.pipe, name, None)
-        self.network.to(self.device)
-        self.vae.to(self.device)
+    def encode(self, prompts, model, cache=None):
+        """Encode prompts, each distinct one once, by one text encoder after another: only one is in memory.
 
-    @property
-    def guided(self):
-        """Whether guidance takes a second, unconditional call of the network."""
-        return self.guidance > 1
+        `embeddings` has a list for each output of an encoder, of tensors [64, ...] for one 64 texts after
+        another. In a `cache` they are files, in a folder named for all that they depend on.
+        """
+        row = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        self.prompts, self.rows = list(prompts), torch.tensor([row[prompt] for prompt in prompts])
+        self.embeddings, self.empty = [], len(row)
+        texts = [*row, None] if self.guided else [*row]
+        width = max(self.network.config.get(f"{kind}_attention_dim") or 0 for kind in ("joint", "cross"))
+        folder = None
+        if cache and len(texts) * (77 + self.tokens) * width * self.dtype.itemsize > IN_MEMORY:
+            files = [(str(file), file.stat().st_mtime) for file in sorted(Path(model.path).glob("*/*"))]
+            key = json.dumps([model.path, files, str(self.dtype), self.tokens, texts])
+            folder = Path(cache, hashlib.sha256(key.encode()).hexdigest()[:16])
+        for name in text_encoders(read_index(model.path)):
+            # the first `embed` loads the encoder; by then nothing holds the one before
+            load, chunks = functools.cache(functools.partial(load_pipeline, model, self.dtype, name)), []
+            bar = {"leave": False, "delay": 5, "disable": os.environ.get("LOCAL_RANK", "0") != "0"}
+            for i in tqdm(range(0, len(texts), CHUNK), f"encoding prompts, {name}", **bar):
+                embed = functools.partial(self.run_encoder, load, name, texts[i : i + CHUNK])
+                chunks.append(tensors_in(folder / f"{name}-{i:06}.pt", embed) if folder else embed())
+            self.embeddings += zip(*chunks)
+
+    def run_encoder(self, load, name, texts):
+        """The outputs of a text encoder that this family keeps, tensors [N, ...] on the CPU."""
+        pipe = load()
+        tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
+        encoder = getattr(pipe, name).to(self.device)
+        length = self.tokens if encoder.config.model_type == "t5" else tokenizer.model_max_length
+        words, fit = [text or "" for text in texts], {"padding": "max_length", "truncation": True}
+        tokens = tokenizer(words, max_length=length, return_tensors="pt", **fit)
+        hidden = "penultimate" in self.outputs[name]
+        out = encoder(tokens.input_ids.to(self.device), output_hidden_states=hidden)
+        kept = [out.hidden_states[-2] if key == "penultimate" else out[key] for key in self.outputs[name]]
+        if texts[-1] is None and pipe.config.get("force_zeros_for_empty_prompt"):
+            for tensor in kept:
+                tensor[-1] = 0
+        return [tensor.to("cpu", self.dtype) for tensor in kept]
+
+    def conditioning(self, cond):
+        """What the network takes of prompts `cond` [B], on the device; with guidance for 2 B images."""
+        if self.rows is None:
+            return [tensor[cond].to(self.device) for tensor in self.embeddings]
+        rows = self.rows[cond.cpu()]
+        if self.guided:  # each image after its unconditional twin: the k-th part of a batch stays the k-th
+            rows = torch.stack([torch.full_like(rows, self.empty), rows], 1).flatten()
+        outputs = [torch.stack([chunks[r // CHUNK][r % CHUNK] for r in rows]) for chunks in self.embeddings]
+        return self.join(*(tensor.to(self.device) for tensor in outputs))
 
     def velocity(self, x, t, cond):
-        """v(x_t, t, cond) [B, C, h, w], float32; t is a float, one of `times`."""
+        """v(x_t, t, cond) [B, C, h, w], float32; t is one of `times`, or a tensor of them [B] beside x."""
         if self.last[0] is not cond:  # a trajectory asks again and again for the same
-            self.last = cond, [a[cond].to(self.device) for a in self.embeddings]
-        embeddings = self.last[1]
+            self.last = cond, self.conditioning(cond)
+        t = t if torch.is_tensor(t) else x.new_full(x.shape[:1], t)
         if not self.guided:
-            return self.predict(x, t, *embeddings)
-        # each image beside its unconditional twin, so that the k-th part of the batch stays the k-th part
-        twins = [(empty.to(a).expand_as(a), a) for a, empty in zip(embeddings, self.empty)]
-        twins = [torch.stack(twin, 1).flatten(0, 1) for twin in twins]
-        base, v = self.predict(x.repeat_interleave(2, 0), t, *twins).unflatten(0, (-1, 2)).unbind(1)
+            return self.predict(x, t, *self.last[1])
+        both = self.predict(x.repeat_interleave(2, 0), t.repeat_interleave(2), *self.last[1])
+        base, v = both.unflatten(0, (-1, 2)).unbind(1)
         return base + self.guidance * (v - base)
 
     def decode(self, x):
@@ -119,7 +173,7 @@ class Flow:
         config, images = self.vae.config, []
         for part in x.split(max(1, min(16, 2**20 // (self.width * self.height)))):
             part = part / config.scaling_factor + (config.shift_factor or 0)
-            image = self.vae.decode(part.to(self.dtype), return_dict=False)[0].float()
+            image = self.vae.decode(part.to(self.vae.dtype), return_dict=False)[0].float()
             images.append((image / 2 + 0.5).clamp(0, 1))
         return torch.cat(images)
 
@@ -138,53 +192,45 @@ class Flow:
             images.append(self.decode(x).cpu())
         return torch.cat(images)
 
-    def full(self, x, value):
-        """One number for each image, as networks take times and guidance: float32 [B]."""
-        return torch.full((len(x),), value, device=x.device)
-
 
 class SD3Flow(Flow):
     """Stable Diffusion 3 and 3.5 (Esser et al. 2024), with or without its T5 encoder."""
 
     blocks = ("JointTransformerBlock",)
+    clip = ["penultimate", "text_embeds"]
+    outputs = {"text_encoder": clip, "text_encoder_2": clip, "text_encoder_3": ["last_hidden_state"]}
 
-    @property
-    def patch(self):
-        return self.pipe.patch_size
-
-    def embed(self, prompts, unconditional):
-        embeddings = self.pipe.encode_prompt(
-            prompts, None, None, self.device, do_classifier_free_guidance=unconditional,
-            max_sequence_length=self.tokens,
-        )  # fmt: skip
-        return embeddings[unconditional::2]
+    def join(self, text, pooled, text_2, pooled_2, text_3=None):
+        width = self.network.config.joint_attention_dim
+        text = F.pad(torch.cat([text, text_2], 2), (0, width - text.shape[2] - text_2.shape[2]))
+        text_3 = text.new_zeros(len(text), self.tokens, width) if text_3 is None else text_3
+        return torch.cat([text, text_3], 1), torch.cat([pooled, pooled_2], 1)
 
     def predict(self, x, t, text, pooled):
-        timestep = self.full(x, 1000 * t)
-        return self.network(x.to(self.dtype), text, pooled, timestep, return_dict=False)[0].float()
+        return self.network(x.to(self.dtype), text, pooled, 1000 * t, return_dict=False)[0].float()
 
 
 class FluxFlow(Flow):
     """Flux: patches of 2 x 2 latent pixels as tokens; a distilled guidance is an input of the network."""
 
     blocks, patch = ("FluxTransformerBlock", "FluxSingleTransformerBlock"), 2
-    guided = False
+    outputs = {"text_encoder": ["pooler_output"], "text_encoder_2": ["last_hidden_state"]}
 
     def schedule(self, steps):
         if self.guidance > 1 and not self.network.config.guidance_embeds:
             raise UserError(f"--guidance {self.guidance}: this model was made to run without, at 1")
         return super().schedule(steps, sigmas=np.linspace(1.0, 1 / steps, steps))
 
-    def embed(self, prompts, unconditional):
-        return self.pipe.encode_prompt(prompts, None, self.device, max_sequence_length=self.tokens)[:2]
+    def join(self, pooled, text):
+        return text, pooled
 
     def predict(self, x, t, text, pooled):
         patches = F.pixel_unshuffle(x, 2)
         rows, columns = patches.shape[2:]
         places = self.pipe._prepare_latent_image_ids(len(x), rows, columns, x.device, self.dtype)
-        guidance = self.full(x, self.guidance) if self.network.config.guidance_embeds else None
+        guidance = x.new_full(x.shape[:1], self.guidance) if self.network.config.guidance_embeds else None
         v = self.network(
-            patches.flatten(2).mT.to(self.dtype), text, pooled, self.full(x, t), places,
+            patches.flatten(2).mT.to(self.dtype), text, pooled, t, places,
             text.new_zeros(text.shape[1], 3), guidance, return_dict=False,
         )[0].float()  # fmt: skip
         return F.pixel_shuffle(v.mT.unflatten(2, (rows, columns)), 2)
@@ -197,7 +243,8 @@ class SDFlow(Flow):
     t = sigma / (1 + sigma) and x_vp = sqrt(a) (1 + sigma) x_t. An Euler step in t is one of DDIM.
     """
 
-    part, blocks = "unet", ("BasicTransformerBlock",)
+    network_name, blocks = "unet", ("BasicTransformerBlock",)
+    outputs = {"text_encoder": ["last_hidden_state"]}
 
     def schedule(self, steps):
         scheduler = diffusers.EulerDiscreteScheduler.from_config(self.pipe.scheduler.config)
@@ -205,30 +252,32 @@ class SDFlow(Flow):
         if self.kind not in ("epsilon", "v_prediction"):
             raise UserError(f"this model predicts {self.kind}; known are epsilon and v_prediction")
         scheduler.set_timesteps(steps)
-        self.timesteps, sigmas = scheduler.timesteps.tolist(), scheduler.sigmas
+        sigmas = scheduler.sigmas[:steps]
+        self.table = torch.stack([sigmas / (1 + sigmas), sigmas, scheduler.timesteps]).to(self.device)
         self.noise_scale = float(scheduler.init_noise_sigma / sigmas[0])
-        return (sigmas / (1 + sigmas)).tolist()
+        return [*self.table[0].tolist(), 0.0]
 
-    def embed(self, prompts, unconditional):
-        return self.pipe.encode_prompt(prompts, self.device, 1, unconditional)[unconditional::2]
+    def join(self, text):
+        return [text]
 
     def predict(self, x, t, text, **added):
-        sigma = t / (1 - t)
+        times, sigmas, timesteps = self.table
+        step = (t[:, None] - times).abs().argmin(1)
+        sigma = sigmas[step].view(-1, 1, 1, 1)
         a = 1 / (1 + sigma**2)
-        x_vp = math.sqrt(a) * (1 + sigma) * x
-        timestep = self.full(x, self.timesteps[self.times.index(t)])
-        out = self.network(x_vp.to(self.dtype), timestep, text, return_dict=False, **added)[0].float()
-        eps = out if self.kind == "epsilon" else math.sqrt(a) * out + math.sqrt(1 - a) * x_vp
-        return (eps - x) / (1 - t)
+        x_vp = a.sqrt() * (1 + sigma) * x
+        out = self.network(x_vp.to(self.dtype), timesteps[step], text, return_dict=False, **added)[0].float()
+        eps = out if self.kind == "epsilon" else a.sqrt() * out + (1 - a).sqrt() * x_vp
+        return (eps - x) * (1 + sigma)  # 1 / (1 - t) is 1 + sigma
 
 
 class SDXLFlow(SDFlow):
     """SDXL and SDXL-Turbo, which also see the pooled text and the size of the image."""
 
-    def embed(self, prompts, unconditional):
-        return self.pipe.encode_prompt(
-            prompts, device=self.device, do_classifier_free_guidance=unconditional
-        )[unconditional::2]
+    outputs = {"text_encoder": ["penultimate"], "text_encoder_2": ["penultimate", "text_embeds"]}
+
+    def join(self, text, text_2, pooled):
+        return torch.cat([text, text_2], 2), pooled
 
     def predict(self, x, t, text, pooled):
         size = [self.height, self.width]
@@ -242,3 +291,19 @@ FAMILIES = {
     "StableDiffusionXLPipeline": SDXLFlow,
     "FluxPipeline": FluxFlow,
 }
+
+
+def tensors_in(file, make):
+    """Tensors mapped from a file, which `make` makes if there is none; under torchrun once on a machine."""
+    while not file.exists() and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(0.1)
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")  # another run may be writing the same
+        with open(part, "wb") as opened:  # so that a full disk is an OSError
+            torch.save(make(), opened)
+        part.replace(file)
+    try:
+        return torch.load(file, mmap=True, weights_only=True)
+    except Exception as error:  # whatever damage does
+        raise UserError(f"{file} is damaged, delete it: {first_line(error)}") from error

@@ -1,22 +1,22 @@
-"""The models that have names, what suits them by default, and how to load one from the hub or a folder."""
+"""The models that have names, what suits them by default, their flags, and how to load one."""
 
-import json
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers
+import torch
 import transformers
-from safetensors import SafetensorError
 
-from errors import UserError, first_line, why_unreachable
+from support.commands import number, size
+from support.errors import UserError, first_line, why_unreachable
 
 for library in (transformers, diffusers):
     library.logging.set_verbosity_error()
     library.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", module="huggingface_hub")
 
-TINY = Path(__file__).resolve().parent / "tiny"
+TINY = Path(__file__).resolve().parents[1] / "tiny"
 
 
 @dataclass
@@ -31,14 +31,17 @@ class Model:
     rank: int = 32
     scale: float = 2  # alpha / rank
     churn: float = 0.0025
-    train_steps: int | None = None  # steps trained of each trajectory; None is all
+    train_steps: int = 4  # random times at which each group is trained
     kl: float = 0  # pull to the base model
     batch: int = 12  # images in one network call
+    layers: str = "attention"  # with a LoRA, as lora_files.layers_named has them
     tokens: int = 256  # of the T5 encoder, or zeros in its place
+    variant: str | None = None  # of the files to download: "fp16" are half as large
 
 
 TINY_PATH = str(TINY / "tiny-sd3")
-TURBO = {"steps": 4, "churn": 0.025, "batch": 16}
+TURBO = {"steps": 4, "churn": 0.025, "batch": 16, "variant": "fp16"}
+SDXL = {"guidance": 5, "train_steps": 8, "batch": 4, "variant": "fp16"}
 MODELS = {
     "tiny": Model(TINY_PATH, 4, "64", 1, 5e-4, 8, 1, 0.05, train_steps=1, kl=1, batch=64, tokens=1),
     "sd3": Model("stabilityai/stable-diffusion-3-medium-diffusers", 28, train_steps=7),
@@ -47,7 +50,7 @@ MODELS = {
     "sd-turbo": Model("stabilityai/sd-turbo", **TURBO),
     "sd1.5": Model("stable-diffusion-v1-5/stable-diffusion-v1-5", 20, guidance=5, train_steps=5),
     "sdxl-turbo": Model("stabilityai/sdxl-turbo", **TURBO),
-    "sdxl": Model("stabilityai/stable-diffusion-xl-base-1.0", 30, "1024", 5, train_steps=8, batch=4),
+    "sdxl": Model("stabilityai/stable-diffusion-xl-base-1.0", 30, "1024", **SDXL),
     "flux-schnell": Model("black-forest-labs/FLUX.1-schnell", 4, churn=0.025, batch=8),
     "flux-dev": Model("black-forest-labs/FLUX.1-dev", 28, guidance=3.5, train_steps=7, batch=8, tokens=512),
 }
@@ -60,6 +63,40 @@ LIKE = {
 }
 
 
+def folder_or_name(text):
+    """An argparse type: a folder by its whole path, so that it is found from elsewhere, or any other name."""
+    return str(Path(text).resolve()) if text not in MODELS and Path(text).is_dir() else text
+
+
+def add_model_arguments(parser):
+    """The flags that sample.py and train.py share; None leaves the choice to the model or the run."""
+    add = parser.add_argument
+    add("--model", type=folder_or_name, help=f"{', '.join(MODELS)}, a hub id or a folder (default tiny)")
+    add("--steps", type=number(int, 1, 1000), help="sampling steps (default: the model's)")
+    add("--guidance", type=number(float, 1, 100), help="guidance scale, 1 is none (default: the model's)")
+    add("--size", type=size, help="in pixels: 512, or 768x512 (width first; default: the model's)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)")
+    dtypes = ["float32", "bfloat16", "float16"]
+    add("--dtype", choices=dtypes, help="of the model (default: on cuda bfloat16 or float16, else float32)")
+    add("--batch", type=number(int, 1, 10_000), help="images in one network call (default: the model's)")
+    add("--compile", action="store_true", help="compile the network's blocks: a slow start, then faster")
+    add("--checkpointing", action="store_true", help="compute twice what training would store: less memory")
+
+
+def fill_defaults(args):
+    """Fill in the arguments of `add_model_arguments` that were not given; returns the Model."""
+    args.model = args.model or "tiny"
+    model = find_model(args.model)
+    args.steps, args.size = args.steps or model.steps, args.size or model.size
+    args.guidance, args.batch = args.guidance or model.guidance, args.batch or model.batch
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.dtype is None and args.device.startswith("cuda"):  # cards before 2020 only emulate bfloat16
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = "bfloat16" if native else "float16"
+    args.dtype = args.dtype or "float32"
+    return model
+
+
 def find_model(name):
     """The Model for an alias, a hub id or a local folder; UserError if it is none of them."""
     if name in MODELS:
@@ -69,35 +106,51 @@ def find_model(name):
             return model
     if not Path(name).is_dir() and name.count("/") != 1:
         raise UserError(f"model {name!r} is no folder, no hub id and none of {', '.join(MODELS)}")
-    return replace(MODELS[LIKE[read_index(name)["_class_name"]]], path=name)
+    like = LIKE[read_index(name)["_class_name"]]
+    if like == "flux-dev":
+        load = diffusers.FluxTransformer2DModel.load_config
+        config = loaded(name, lambda: dict(load(name, subfolder="transformer")))
+        like = "flux-dev" if config.get("guidance_embeds") else "flux-schnell"
+    return replace(MODELS[like], path=name, variant=None)
 
 
 def read_index(path):
     """The index of a pipeline, from a folder or the hub; UserError if there is none or of no known class."""
     if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
         raise UserError(f"{path} is not a diffusers pipeline: it has no model_index.json")
-    try:
-        index = diffusers.DiffusionPipeline.load_config(path)
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(why_not_loaded(path, error)) from error
-    if index["_class_name"] not in LIKE:
-        raise UserError(f"{path} is a {index['_class_name']}; known are {', '.join(LIKE)}")
+    index = loaded(path, lambda: dict(diffusers.DiffusionPipeline.load_config(path)))
+    kind = index.get("_class_name")
+    if kind not in [*LIKE]:
+        raise UserError(f"{path} is a {kind}; known are {', '.join(LIKE)}")
     return index
 
 
-def load_pipeline(path, dtype):
-    """Load a diffusers pipeline, with None for what its index lists as null; or a UserError."""
-    index = read_index(path)
-    absent = {part: None for part, kind in index.items() if kind == [None, None]}
+def text_encoders(index):
+    """The names of a pipeline's text encoders, in the order of its arguments."""
+    return sorted(name for name in index if name.startswith("text_encoder") and index[name] != [None, None])
+
+
+def load_pipeline(model, dtype, encoder=None):
+    """Load the diffusers pipeline of a Model: one text encoder alone, or all but those; or a UserError."""
+    path, index = model.path, read_index(model.path)
+    left_out = {*text_encoders(index), "safety_checker", *(["transformer", "unet", "vae"] if encoder else [])}
+    left_out.discard(encoder)
+    absent = {part: None for part, kind in index.items() if kind == [None, None] or part in left_out}
     if "safety_checker" in index:
-        absent |= {"safety_checker": None, "requires_safety_checker": False}
-    try:
-        return getattr(diffusers, index["_class_name"]).from_pretrained(path, dtype=dtype, **absent)
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(why_not_loaded(path, error)) from error
-
-
-def why_not_loaded(path, error):
+        absent["requires_safety_checker"] = False
+    variant = model.variant
     if Path(path).is_dir():
-        return f"{path} is damaged or incomplete: {first_line(error)}"
-    return why_unreachable(path, error) + "; --model tiny needs neither"
+        files = [file.name for file in Path(path).glob("*/*.safetensors")]
+        variant = "fp16" if files and all(".fp16" in name for name in files) else None
+    kind = getattr(diffusers, index["_class_name"])
+    return loaded(path, lambda: kind.from_pretrained(path, dtype=dtype, variant=variant, **absent))
+
+
+def loaded(path, load):
+    """What `load()` makes of a folder or a hub id; or a UserError that says what is wrong with that."""
+    try:
+        return load()
+    except Exception as error:  # whatever damage does
+        if Path(path).is_dir() or not isinstance(error, OSError):
+            raise UserError(f"{path} is damaged or incomplete: {first_line(error)}") from error
+        raise UserError(why_unreachable(path, error) + "; --model tiny needs neither") from error

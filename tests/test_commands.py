@@ -30,6 +30,7 @@ from support.evaluation import mean_and_error, signs_of_hacking
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--reward", "colorfulness", "--pairs", "8", "--steps", "2", "--lr", "2e-3", "--eval-every", "4"]
+SHORT += ["--prompts", ROOT / "tiny" / "prompts_test.txt"]  # 13 of which are held out
 
 
 def start(*args, cwd):

@@ -1,12 +1,16 @@
 """Tests: every family of models against its diffusers pipeline, on small random models of the same classes.
 
-pytest -q test_flows.py
+pytest -q tests/test_models.py
 """
 
 import argparse
 import json
+import os
+import re
 import shutil
 import sys
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
@@ -15,20 +19,23 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError
+from safetensors.torch import load_file, save_file
 
-import errors
 import fdflow
 import sample
 import train
-from adapters import attention_layers, load_lora, save_lora
-from evaluation import Counted
-from fdflow import LoRA, Problem, central_difference, fdfo, random_seeds, spsa
-from flows import load_flow
-from models import MODELS, TINY
+from fdflow import LoRA, Problem, central_difference, fdfo, spsa
+from models import flows
+from models.flows import load_flow
+from models.lora_files import layers_named, load_lora, save_lora
+from models.table import MODELS, TINY, fill_defaults, find_model, load_pipeline
 from rewards import Reward
-from sample import fill_defaults
+from studies.fake_gpu import fake_gpu
+from support.commands import size
+from support.errors import UserError
+from support.evaluation import Counted
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 PROMPTS = ["red apple", "robot", "sun"]
 
 
@@ -79,7 +86,7 @@ def sd3(with_t5=True, **shift):
 def flux(guidance_embeds):
     (config, tokenizer), (encoder_2, tokenizer_2) = clip(16), t5(24)
     transformer = diffusers.FluxTransformer2DModel(
-        in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=24, pooled_projection_dim=16, axes_dims_rope=(4, 6, 6),
         guidance_embeds=guidance_embeds,
     )  # fmt: skip
@@ -163,11 +170,11 @@ def folders(tmp_path_factory):
     return paths
 
 
-def make_flow(path, prompts=PROMPTS, **options):
+def make_flow(path, prompts=PROMPTS, cache=None, **options):
     """The flow that the command line would make with these options."""
     names = ["steps", "size", "guidance", "device", "dtype", "batch", "compile", "checkpointing"]
-    args = argparse.Namespace(model=str(path), **dict.fromkeys(names) | options)
-    return load_flow(fill_defaults(args), args, prompts)
+    args = argparse.Namespace(model=str(path), **dict.fromkeys(names) | {"size": "64"} | options)
+    return load_flow(fill_defaults(args), args, prompts, cache)
 
 
 def load_theirs(path):
@@ -206,7 +213,7 @@ def test_images_are_those_of_the_pipeline(folders, name, steps, guidance, size):
     seeds = [5, 6, 7]
     flow = make_flow(folders[name], ["unused", *PROMPTS], steps=steps, guidance=guidance, size=size)
     images = flow.images(torch.tensor([1, 2, 3]), seeds, batch=2)
-    tokens = 1 if name == "tiny" else 512 if name.startswith("flux") else 256
+    tokens = 1 if name == "tiny" else 512 if name == "flux-dev" else 256
     theirs = pipeline_images(load_theirs(folders[name]), PROMPTS, seeds, steps, guidance, size, tokens)
     assert images.shape == theirs.shape and images.flatten(1).std(1).min() > 0.02
     assert (images[0] - images[1]).abs().mean() > 0.01
@@ -215,7 +222,7 @@ def test_images_are_those_of_the_pipeline(folders, name, steps, guidance, size):
 
 
 def test_roll_outs_leave_out_only_a_step_that_moves_nothing(folders):
-    flow = make_flow(folders["tiny"], steps=4, guidance=1, size="64")
+    flow = make_flow(folders["tiny"], steps=4, guidance=1)
     assert flow.times[:3] + flow.times[4:] == flow.train_times and len(flow.times) == 5
     eps, cond = flow.noise([0, 1, 2]), torch.arange(3)
     with torch.no_grad():
@@ -224,11 +231,11 @@ def test_roll_outs_leave_out_only_a_step_that_moves_nothing(folders):
             for times in (flow.times, flow.train_times)
         ]
     assert 0 < (images[0] - images[1]).abs().max() < 1 / 255
-    assert make_flow(folders["sd-turbo"], steps=4, guidance=1, size="64").train_times[-2] > 0.2
+    assert make_flow(folders["sd-turbo"], steps=4, guidance=1).train_times[-2] > 0.2
 
 
 def test_schedule_has_the_shift_of_the_pipeline(folders):
-    times = make_flow(folders["sd3"], steps=4, size="64").times
+    times = make_flow(folders["sd3"], steps=4).times
     # SD3's shift, 3 t / (1 + 2 t), counts twice: the steps are even down to 1 / 1000 shifted, then shifted
     low = 3 * 0.001 / (1 + 2 * 0.001)
     even = [1, (2 + low) / 3, (1 + 2 * low) / 3, low]
@@ -236,13 +243,122 @@ def test_schedule_has_the_shift_of_the_pipeline(folders):
     assert times[-1] == 0 and len(times) == 5
 
 
+@pytest.mark.parametrize("name, guidance", [*((name, 1) for name in FAMILIES), ("sd3", 4), ("sdxl", 4)])
+def test_every_image_may_have_its_own_time(folders, name, guidance):
+    flow = make_flow(folders[name], steps=3, guidance=guidance)
+    x, cond, times = flow.noise([0, 1, 2]), torch.tensor([2, 0, 1]), torch.tensor(flow.times)[[2, 0, 1]]
+    with torch.no_grad():
+        v = flow.velocity(x, times, cond)
+        alone = [flow.velocity(x[i : i + 1], flow.times[k], cond[i : i + 1]) for i, k in enumerate((2, 0, 1))]
+    # the same float32 operations, one image at a time
+    torch.testing.assert_close(v, torch.cat(alone), rtol=1e-4, atol=1e-5 * v.abs().max().item())
+    assert not torch.allclose(v[1], flow.velocity(x, flow.times[1], cond)[1], rtol=1e-2)
+
+
+# ---- prompts
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-schnell", "sdxl"])
+def test_text_encoders_come_one_at_a_time_and_are_gone_before_the_network_moves(folders, name, monkeypatch):
+    loaded, moved = {}, []
+    module_to = torch.nn.Module.to
+
+    def load(model, dtype, encoder=None):
+        assert not [kept for parts in loaded.values() for part in parts if (kept := part()) is not None]
+        pipe = load_pipeline(model, dtype, encoder)
+        parts = {key: part for key, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+        assert set(parts) == (
+            {encoder} if encoder else {flows.FAMILIES[type(pipe).__name__].network_name, "vae"}
+        )
+        if encoder:
+            loaded[encoder] = [weakref.ref(p) for p in parts[encoder].parameters()]
+        return pipe
+
+    def to(module, *args, **options):
+        encoders = [key for key, parts in loaded.items() if any(part() is not None for part in parts)]
+        moved.append((type(module).__name__, len(encoders)))
+        return module_to(module, *args, **options)
+
+    monkeypatch.setattr(flows, "load_pipeline", load)
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    make_flow(folders[name], [f"{word} {i}" for word in PROMPTS for i in range(50)])
+    assert len(loaded) == {"sd3": 3, "flux-schnell": 2, "sdxl": 2}[name]
+    assert moved[-1][1] == moved[-2][1] == 0  # VAE and network
+    assert {count for kind, count in moved if "Model" in kind and "2D" not in kind} == {1}
+
+
+@pytest.mark.parametrize("guidance", [1, 3])
+def test_embeddings_are_kept_once_for_each_distinct_prompt(folders, guidance):
+    prompts = [f"{word} {i}" for word in PROMPTS for i in range(40)]
+    many = make_flow(folders["sdxl"], prompts * 5, steps=1, guidance=guidance)
+    for chunks in many.embeddings:
+        assert sum(len(chunk) for chunk in chunks) == len(prompts) + (guidance > 1)
+    one = make_flow(folders["sdxl"], [prompts[100]], steps=1, guidance=guidance)
+    images = many.images(torch.tensor([100, 4 * len(prompts) + 100]), [7, 7])
+    # other prompts in the batch of the encoder
+    assert (images - one.images(torch.tensor([0]), [7])).abs().max() < 1e-5
+
+
+def test_many_embeddings_are_mapped_from_files_and_found_again(folders, tmp_path, monkeypatch):
+    def forbid(*args):
+        raise AssertionError
+
+    def make(prompts=PROMPTS, cache=tmp_path / "cache", path=folders["sd3"], **options):
+        return make_flow(path, prompts, cache, steps=2, guidance=3, **options)
+
+    expected = make().images(torch.arange(3), range(3))
+    assert not (tmp_path / "cache").exists()  # so few stay in memory
+    monkeypatch.setattr(flows, "IN_MEMORY", 1)
+    monkeypatch.setattr(flows, "CHUNK", 2)
+    written = make()
+    files = sorted((tmp_path / "cache").rglob("*"))[1:]
+    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    assert [file.name for file in files] == sorted(f"{name}-{i:06}.pt" for name in encoders for i in (0, 2))
+    if Path("/proc/self/maps").exists():
+        maps = Path("/proc/self/maps").read_text()
+        assert all(str(file) in maps for file in files)
+    # encoded two at a time
+    assert (written.images(torch.arange(3), range(3)) - expected).abs().max() < 1e-5
+    with monkeypatch.context() as patch:
+        patch.setattr(flows.Flow, "run_encoder", forbid)
+        again = make()
+        assert torch.equal(again.images(torch.arange(3), range(3)), written.images(torch.arange(3), range(3)))
+        assert not [part for part in again.pipe.components if "encoder" in part and getattr(again.pipe, part)]
+        shutil.copytree(folders["sd3"], tmp_path / "other")
+        for change in ({"prompts": PROMPTS[::-1]}, {"dtype": "bfloat16"}, {"path": tmp_path / "other"}):
+            with pytest.raises(AssertionError):  # these are not the same embeddings
+                make(**change)
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    with pytest.raises(UserError, match="is damaged, delete it"):
+        make()
+
+
+def test_embeddings_appear_whole_or_not_at_all_and_other_processes_wait(tmp_path, monkeypatch):
+    def fail():
+        raise OSError("no space left on device")
+
+    def first_process(seconds):
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        flows.tensors_in(file, lambda: [torch.ones(2, 3)])
+        monkeypatch.setenv("LOCAL_RANK", "1")
+
+    file = tmp_path / "folder" / "text_encoder-000000.pt"
+    with pytest.raises(OSError):
+        flows.tensors_in(file, fail)
+    assert not file.exists()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(flows.time, "sleep", first_process)
+    (tensor,) = flows.tensors_in(file, fail)
+    assert torch.equal(tensor, torch.ones(2, 3)) and os.listdir(file.parent) == [file.name]
+
+
 # ---- LoRA files
 
 
-def random_lora(flow, seed=0):
-    """A LoRA on all attention layers that changes the images."""
+def random_lora(flow, which="attention", seed=0):
+    """A LoRA that changes the images."""
     generator = torch.Generator().manual_seed(seed)
-    lora = LoRA(flow.network, attention_layers(flow.network), rank=4, alpha=8, generator=generator)
+    lora = LoRA(flow.network, layers_named(flow.network, which), rank=4, alpha=8, generator=generator)
     for layer in lora.layers.values():
         layer.B.data = 0.2 * torch.randn(layer.B.shape, generator=generator)
     return lora
@@ -250,31 +366,85 @@ def random_lora(flow, seed=0):
 
 @pytest.mark.parametrize("name", ["tiny", *FAMILIES])
 def test_lora_loads_in_diffusers(folders, name, tmp_path):
-    cond, seeds, tokens = torch.tensor([0, 1]), [0, 1], 512 if name.startswith("flux") else 256
-    options = {"steps": 4, "guidance": 1, "size": "64"}
-    flow = make_flow(folders[name], **options)
-    base = flow.images(cond, seeds)
-    lora = random_lora(flow)
-    changed = flow.images(cond, seeds)
-    assert (changed - base).abs().mean() > 0.003
-    with lora.switched_off():
-        assert torch.equal(flow.images(cond, seeds), base)
-    save_lora(lora, tmp_path / "lora.safetensors", flow.part)
-    pipe = load_theirs(folders[name])
-    pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
-    theirs = pipeline_images(pipe, PROMPTS[:2], seeds, 4, 1.0, "64", 1 if name == "tiny" else tokens)
-    # float32, but W x + B A x is summed in another order
-    assert (theirs - changed).abs().max() < 1e-4
-    again = make_flow(folders[name], **options)
-    load_lora(again, tmp_path)
-    assert (again.images(cond, seeds) - changed).abs().max() < 1e-4
+    cond, seeds, pipe = torch.tensor([0, 1]), [0, 1], load_theirs(folders[name])
+    base = make_flow(folders[name], steps=4, guidance=1).images(cond, seeds)
+    for which in ("attention", "all", "modulation"):
+        flow = make_flow(folders[name], steps=4, guidance=1)
+        lora = random_lora(flow, which)
+        changed = flow.images(cond, seeds)
+        assert (changed - base).abs().mean() > 0.003
+        with lora.switched_off():
+            assert torch.equal(flow.images(cond, seeds), base)
+        save_lora(lora, tmp_path / "lora.safetensors", flow.network_name)
+        pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+        theirs = pipeline_images(pipe, PROMPTS[:2], seeds, 4, 1.0, tokens=1 if name == "tiny" else 256)
+        pipe.unload_lora_weights()
+        # float32, but W x + B A x is summed in another order
+        assert (theirs - changed).abs().max() < 1e-4
+        again = make_flow(folders[name], steps=4, guidance=1)
+        load_lora(again, tmp_path)
+        assert (again.images(cond, seeds) - changed).abs().max() < 1e-4
 
 
-def test_lora_of_peft_loads_here(folders, tmp_path):
-    pipe = load_theirs(folders["tiny"])
-    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["to_q", "to_out.0"], init_lora_weights=False)
+def test_layers_are_those_named(folders):
+    networks = {name: make_flow(folders[name]).network for name in ("sd3", "flux-schnell", "sd-turbo")}
+
+    def names(family, which):
+        return layers_named(networks[family], which)
+
+    ends = {name.split("attn.")[1] for name in names("sd3", "attention") if "attn." in name}
+    assert ends == {
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+    }
+    last = names("sd3", "last")
+    assert len(last) == 8 and last[-2:] == [
+        f"transformer_blocks.2.attn.{end}" for end in ("to_v", "to_out.0")
+    ]
+    modulation = [
+        f"transformer_blocks.{i}.{part}.linear" for i in range(3) for part in ("norm1", "norm1_context")
+    ]
+    assert names("sd3", "modulation") == modulation
+    assert set(names("sd3", "attention") + modulation) < set(names("sd3", "all"))
+    assert {name.split(".")[0] for name in names("flux-schnell", "all")} == {
+        "transformer_blocks",
+        "single_transformer_blocks",
+    }
+    unet = names("sd-turbo", "modulation")
+    assert len(unet) == 8 and all(name.endswith("time_emb_proj") for name in unet)
+    assert names("sd-turbo", "to_q,ff.net.2") == [
+        name for name in names("sd-turbo", "all") if name.endswith(("to_q", "ff.net.2"))
+    ]
+    for which, absent in (("to_q,to_x", "'?to_x'?$"), ("", ""), ("norm1", "norm1")):
+        with pytest.raises(UserError, match=f"^--layers: this model has no linear layer {absent}"):
+            names("sd3", which)
+
+
+PEFT = {
+    "plain": {},
+    "rsLoRA": {"use_rslora": True},
+    "patterns": {
+        "rank_pattern": {"blocks.1.attn.to_q": 2, "to_out.0": 5},
+        "alpha_pattern": {"to_q": 1, r"transformer_blocks\.[2-4]\.attn\.to_out\.0": 11},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", PEFT)
+def test_lora_of_peft_loads_here(folders, kind, tmp_path):
+    torch.manual_seed(0)
+    pipe, target = load_theirs(folders["tiny"]), ["to_q", "to_out.0"]
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=target, init_lora_weights=False, **PEFT[kind])
+    base = pipeline_images(pipe, ["robot"], [3], 4, 1.0, tokens=1)
     pipe.transformer.add_adapter(config)
     expected = pipeline_images(pipe, ["robot"], [3], 4, 1.0, tokens=1)
+    assert (expected - base).abs().max() > 0.05
     layers = peft.get_peft_model_state_dict(pipe.transformer)
     metadata = diffusers.training_utils._collate_lora_metadata({"transformer": pipe.transformer})
     pipe.save_lora_weights(tmp_path, layers, **metadata)
@@ -283,12 +453,101 @@ def test_lora_of_peft_loads_here(folders, tmp_path):
     assert (flow.images(torch.tensor([0]), [3]) - expected).abs().max() < 1e-4
 
 
+def test_alphas_in_the_file_count(folders, tmp_path):
+    flow, path = make_flow(folders["sd-turbo"], steps=2), tmp_path / "lora.safetensors"
+    save_lora(random_lora(flow), path, flow.network_name)
+    images = []
+    for folded in (False, True):  # the same, with alpha / rank multiplied into B
+        tensors = load_file(path)
+        for i, key in enumerate([key for key in tensors if key.endswith("lora_B.weight")]):
+            if folded:
+                tensors[key] *= (1 + i % 3) / 4
+            else:
+                tensors[key.replace("lora_B.weight", "alpha")] = torch.tensor(1.0 + i % 3)
+        save_file(tensors, tmp_path / "other.safetensors")
+        flow = make_flow(folders["sd-turbo"], steps=2)
+        load_lora(flow, tmp_path / "other.safetensors")
+        images.append(flow.images(torch.arange(3), [1, 2, 3]))
+    assert (images[0] - images[1]).abs().max() < 1e-5
+
+
+Q = "transformer.transformer_blocks.0.attn.to_q"
+BAD_LORAS = {  # what is added, or taken away, and what is said
+    "is a DoRA": {f"{Q}.lora_magnitude_vector": torch.ones(128)},
+    "adapts biases": {f"{Q}.lora_B.bias": torch.ones(128)},
+    "adapts a text encoder": {"text_encoder.text_model.encoder.q_proj.lora_A.weight": torch.ones(4, 96)},
+    "is in kohya's layout": {"lora_unet_blocks_0_attn_to_q.lora_down.weight": torch.ones(4, 128)},
+    "adapts convolutions": {"transformer.pos_embed.proj.lora_A.weight": torch.ones(4, 16, 1, 1)},
+    "does not fit this model .transformer.x_embedder.w": {"transformer.x_embedder.weight": torch.ones(4)},
+    "does not fit this model at block": {
+        f"transformer.block.lora_{m}.weight": torch.ones(4, 4) for m in "AB"
+    },
+    "does not fit this model at transformer_blocks": {f"{Q}.lora_A.weight": torch.ones(4, 127)},
+    "does not fit this model at t": {f"{Q}.lora_B.weight": torch.ones(128, 3)},
+    "does not fit this model at tr": {f"{Q}.lora_A.weight": torch.ones(0, 128)},
+    "is incomplete: transformer_blocks.0.attn.to_q has no B": {f"{Q}.lora_B.weight": None},
+    "is incomplete: transformer_blocks.0.attn.to_q has no A": {f"{Q}.lora_A.weight": None},
+    "is damaged: .* not finite": {f"{Q}.lora_A.weight": torch.full((4, 128), float("nan"))},
+    "has no number for the alpha": {f"{Q}.alpha": torch.ones(2)},
+}
+BAD_METADATA = {
+    "is not a LoRA file": ["{", "null", "1", '["a"]', "[" * 10**5],
+    "has use_dora True": ['{"transformer.use_dora": true}'],
+    "has lora_bias True": ['{"transformer.lora_bias": true}'],
+    "has init_lora_weights pissa": ['{"transformer.init_lora_weights": "pissa_niter_4"}'],
+    "has no number for the alpha": [
+        f'{{"transformer.{key}": {value}}}'
+        for key, value in [
+            ("lora_alpha", "null"),
+            ("lora_alpha", '"big"'),
+            ("lora_alpha", "1e999"),
+            ("alpha_pattern", "[1]"),
+            ("alpha_pattern", '{"(": 1}'),
+            ("alpha_pattern", '{"to_q": null}'),
+        ]
+    ],
+}
+
+
+def test_lora_files_that_cannot_be_applied_in_full_are_refused_in_one_line(folders, tmp_path):
+    flow, path = make_flow(folders["tiny"]), tmp_path / "lora.safetensors"
+    save_lora(random_lora(make_flow(folders["tiny"])), path, "transformer")
+    good, layers = load_file(path), list(dict(flow.network.named_modules()))
+
+    def complaint(tensors, metadata=None):
+        save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, path, metadata)
+        with pytest.raises(UserError) as error:
+            load_lora(flow, path)
+        assert "\n" not in str(error.value) and str(path) in str(error.value)
+        return str(error.value)
+
+    for said, change in BAD_LORAS.items():
+        assert re.search(said, complaint(good | change))
+    for said, texts in BAD_METADATA.items():
+        for text in texts:
+            assert said in complaint(good, {"lora_adapter_metadata": text})
+    assert "is empty" in complaint({})
+    assert list(dict(flow.network.named_modules())) == layers  # the network is as it was
+    save_file(good, path)
+    data = path.read_bytes()
+    for damaged in (b"", data[:100], b"PK\x03\x04", b"\xff" * 100, data[:8] + b"\xe9" + data[9:]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="is not a LoRA file"):
+            load_lora(flow, path)
+    for absent in (tmp_path / "none", tmp_path / "none.safetensors"):
+        with pytest.raises(UserError, match="no LoRA at"):
+            load_lora(flow, absent)
+    for harmless in ("[]", "{}", '{"transformer.init_lora_weights": true, "other.use_dora": true}'):
+        save_file(good, path, {"lora_adapter_metadata": harmless})
+        load_lora(make_flow(folders["tiny"]), path)
+
+
 def test_lora_of_another_model_is_a_mistake_of_one_line(folders, tmp_path):
-    flow = make_flow(folders["sd-turbo"], size="64")
-    save_lora(random_lora(flow), tmp_path / "lora.safetensors", flow.part)
+    flow = make_flow(folders["sd-turbo"])
+    save_lora(random_lora(flow), tmp_path / "lora.safetensors", flow.network_name)
     for name in ("sdxl", "sd3"):
-        with pytest.raises(errors.UserError, match="does not fit this model"):
-            load_lora(make_flow(folders[name], size="64"), tmp_path)
+        with pytest.raises(UserError, match="does not fit this model"):
+            load_lora(make_flow(folders[name]), tmp_path)
 
 
 # ---- training
@@ -304,9 +563,9 @@ ESTIMATORS = {
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_training_changes_the_lora_and_nothing_else(folders, name, estimator):
-    flow = make_flow(folders[name], steps=3, guidance=1, size="64")
-    few = attention_layers(flow.network, few=estimator != "fdfo")
-    lora = LoRA(flow.network, few, rank=2, generator=torch.Generator().manual_seed(0))
+    flow = make_flow(folders[name], steps=3, guidance=1)
+    layers = layers_named(flow.network, "attention" if estimator == "fdfo" else "last")
+    lora = LoRA(flow.network, layers, rank=2, generator=torch.Generator().manual_seed(0))
     parts = {"network": flow.network, "vae": flow.vae}
     before = {part: {k: v.clone() for k, v in m.state_dict().items()} for part, m in parts.items()}
     problem = Problem(
@@ -315,7 +574,7 @@ def test_training_changes_the_lora_and_nothing_else(folders, name, estimator):
     optimizer = torch.optim.AdamW(lora.parameters, 1e-3)
     for seed in range(2):  # at the start A has no gradient, since B is zero
         optimizer.zero_grad()
-        eps = flow.noise(random_seeds(4, torch.Generator().manual_seed(seed)))
+        eps = flow.noise(range(4 * seed, 4 * seed + 4))
         ESTIMATORS[estimator](problem, eps, torch.tensor([0, 1, 2, 0]), torch.Generator().manual_seed(seed))
         assert all(p.grad.isfinite().all() for p in lora.parameters)
         optimizer.step()
@@ -331,65 +590,89 @@ def test_training_changes_the_lora_and_nothing_else(folders, name, estimator):
     assert {key[:-2] for key in changed} == layers
 
 
-def test_a_pair_costs_its_steps_and_no_more(folders, monkeypatch):
-    encoded, calls = [], {True: 0, False: 0}
-    encode = diffusers.StableDiffusion3Pipeline.encode_prompt
-
-    def count_prompts(self, prompts, *args, **options):
-        encoded.extend(prompts)
-        return encode(self, prompts, *args, **options)
-
-    monkeypatch.setattr(diffusers.StableDiffusion3Pipeline, "encode_prompt", count_prompts)
-    flow = make_flow(folders["sd3"], [*PROMPTS, *PROMPTS], steps=5, size="64")
-    assert encoded == PROMPTS
-    assert not [name for name, part in flow.pipe.components.items() if "encoder" in name and part is not None]
+def test_a_pair_costs_its_steps_and_no_more(folders):
+    flow, calls = make_flow(folders["sd3"], [*PROMPTS, *PROMPTS], steps=5), {}
 
     def count_images(network, args, output):
-        calls[torch.is_grad_enabled()] += len(args[0])
+        calls[torch.is_grad_enabled()] = calls.get(torch.is_grad_enabled(), 0) + len(args[0])
 
-    lora = random_lora(flow)
+    lora, velocity = random_lora(flow), Counted(flow.velocity)
     flow.network.register_forward_hook(count_images)
-    problem = Problem(flow.velocity, lambda x, cond: x.mean((1, 2, 3)), lora, flow.times, batch=8)
+    problem = Problem(velocity, lambda x, cond: x.mean((1, 2, 3)), lora, flow.times, batch=8)
     pairs, cond = 6, torch.arange(6)
-    fdfo(problem, flow.noise(range(pairs)), cond, torch.Generator().manual_seed(0), train_steps=2)
-    assert calls[False] == 2 * 5 * pairs
-    # two points in time may fall into one step, which then is trained once
-    assert pairs <= calls[True] <= 2 * pairs
-    calls[False] = calls[True] = 0
-    fdfo(problem, flow.noise(range(pairs)), cond, torch.Generator().manual_seed(0), branches=4)
-    assert calls == {False: 4 * 5 * pairs, True: 5 * pairs}
-    calls[False] = calls[True] = 0
-    velocity = Counted(flow.velocity)
-    problem.velocity = velocity
-    fdfo(problem, flow.noise(range(pairs)), cond, torch.Generator().manual_seed(0), train_branches=2)
-    assert calls == {False: 2 * 5 * pairs, True: 2 * 5 * pairs}
-    assert velocity.take() == calls[False] + 3 * calls[True] and velocity.take() == 0
+    for options, forward, backward in [
+        ({}, 2 * 5, 1),
+        ({"branches": 4, "train_steps": 3, "kl": 1}, 4 * 5 + 3, 3),
+    ]:
+        calls.clear()
+        fdfo(problem, flow.noise(range(pairs)), cond, torch.Generator().manual_seed(0), **options)
+        assert calls == {False: forward * pairs, True: backward * pairs}
+        assert velocity.pop_count() == (forward + 3 * backward) * pairs and velocity.pop_count() == 0
 
 
 @pytest.fixture
 def without_onednn():
-    """Its bfloat16 kernels take seconds to get ready."""
+    """Its kernels for half precision take seconds to get ready."""
     before = torch.backends.mkldnn.set_flags(False)
     yield
     torch.backends.mkldnn.set_flags(*before)
 
 
+@pytest.mark.parametrize("dtype, tolerance, aligned", [("bfloat16", 0.01, 0.99), ("float16", 0.001, 0.9999)])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_bfloat16_is_float32_but_for_rounding(folders, name, without_onednn):
+def test_half_precision_is_float32_but_for_rounding(folders, name, dtype, tolerance, aligned, without_onednn):
     cond, images, grads = torch.tensor([0, 1]), [], []
-    for dtype in ("float32", "bfloat16"):
+    for kind in ("float32", dtype):
         guidance = 1 if name == "flux-schnell" else 2
-        flow = make_flow(folders[name], steps=2, guidance=guidance, size="64", dtype=dtype)
-        assert {p.dtype for p in flow.network.parameters()} == {getattr(torch, dtype)}
+        flow = make_flow(folders[name], steps=2, guidance=guidance, dtype=kind)
+        assert {p.dtype for p in flow.network.parameters()} == {getattr(torch, kind)}
         lora = random_lora(flow)
         images.append(flow.images(cond, [0, 1]))
-        problem = Problem(flow.velocity, lambda x, cond: x.mean((1, 2, 3)), lora, flow.times, batch=4)
-        fdfo(problem, flow.noise([0, 1]), cond, torch.Generator().manual_seed(0), churn=0.5)
-        grads.append(torch.cat([p.grad.flatten() for p in lora.parameters]))
-        assert images[-1].dtype == grads[-1].dtype == torch.float32
-    # 8 bits, through a random network and two steps: hundredths of the range; and the same direction
-    assert (images[0] - images[1]).abs().mean() < 0.02
-    assert torch.cosine_similarity(*grads, dim=0) > 0.9
+        x, target = flow.noise([0, 1]), flow.noise([2, 3])
+        times = torch.tensor(flow.times)[:2]
+        scale = 2.0**10 if kind == "float16" else 1  # or the gradients are too small a number for it
+        (scale * (flow.velocity(x, times, cond) - target).square().mean()).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in lora.parameters]) / scale)
+        assert images[-1].dtype == grads[-1].dtype == torch.float32 and grads[-1].norm() > 0
+    # 8 or 11 bits, through a random network and two steps: hundredths or thousandths of the range
+    assert (images[0] - images[1]).abs().mean() < tolerance
+    # and the same direction
+    assert torch.cosine_similarity(*grads, dim=0) > aligned
+
+
+def test_the_vae_computes_in_float32_where_float16_is_too_small_for_it(folders, tmp_path):
+    assert make_flow(folders["sd3"], dtype="bfloat16").vae.dtype == torch.bfloat16
+    assert make_flow(folders["sd3"], dtype="float16").vae.dtype == torch.float32
+    shutil.copytree(folders["sd3"], tmp_path / "sd3")
+    config = json.loads((tmp_path / "sd3" / "vae" / "config.json").read_text())
+    (tmp_path / "sd3" / "vae" / "config.json").write_text(json.dumps(config | {"force_upcast": False}))
+    assert make_flow(tmp_path / "sd3", dtype="float16").vae.dtype == torch.float16
+
+
+def test_cards_without_bfloat16_compute_in_float16(monkeypatch):
+    def default(native):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native)
+        names = ["steps", "size", "guidance", "dtype", "batch", "model"]
+        args = argparse.Namespace(device="cuda:1", **dict.fromkeys(names))
+        fill_defaults(args)
+        return args.dtype
+
+    assert default(native=True) == "bfloat16" and default(native=False) == "float16"
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd-turbo"])
+def test_convolutions_have_channels_last_on_a_gpu_alone(folders, name):
+    def layouts(flow):
+        last = {"memory_format": torch.channels_last}
+        modules = {"vae": flow.vae, "network": flow.network}
+        kernels = {part: [p for p in m.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+                   for part, m in modules.items()}  # fmt: skip
+        return {part: {p.is_contiguous(**last) for p in ps} for part, ps in kernels.items()}
+
+    assert layouts(make_flow(folders[name])) == {"vae": {False}, "network": {False}}
+    with fake_gpu():
+        flow = make_flow(folders[name], device="cuda")
+        assert layouts(flow) == {"vae": {True}, "network": {name == "sd-turbo"}}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -407,7 +690,7 @@ def test_checkpointing_gives_the_same_gradient(folders, name):
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux-schnell", "sd-turbo"])
-def test_compiled_blocks_are_whole_graphs_with_the_same_images(folders, name, monkeypatch):
+def test_compiled_blocks_are_whole_graphs_with_the_same_velocities(folders, name, monkeypatch):
     compiled, module_compile = [], torch.nn.Module.compile
 
     def trace(module):  # without generating code, which takes minutes; a break in the graph is an error
@@ -415,16 +698,18 @@ def test_compiled_blocks_are_whole_graphs_with_the_same_images(folders, name, mo
         module_compile(module, backend="eager", fullgraph=True)
 
     monkeypatch.setattr(torch.nn.Module, "compile", trace)
-    grads, images = [], []
+    grads, vs = [], []
     for compile in (False, True):
-        flow = make_flow(folders[name], steps=2, guidance=1, size="64", compile=compile)
-        lora, cond = random_lora(flow), torch.tensor([0, 1])
-        problem = Problem(flow.velocity, lambda x, cond: x.mean((1, 2, 3)), lora, flow.times, batch=4)
-        fdfo(problem, flow.noise([0, 1]), cond, torch.Generator().manual_seed(0), kl=0.1)
+        flow = make_flow(folders[name], steps=2, guidance=1, compile=compile)
+        lora, x, cond = random_lora(flow), flow.noise([0, 1]), torch.tensor([0, 1])
+        with torch.no_grad(), lora.switched_off():
+            base = flow.velocity(x, flow.times[0], cond)
+        with torch.no_grad():
+            vs += [base, flow.velocity(x, flow.times[0], cond)]
+        flow.velocity(x, torch.tensor(flow.times)[:2], cond).square().mean().backward()
         grads.append(torch.cat([p.grad.flatten() for p in lora.parameters]))
-        images.append(flow.images(cond, [0, 1]))
     assert len(compiled) >= 3 and {type(module).__name__ for module in compiled} <= set(flow.blocks)
-    torch.testing.assert_close(*images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(vs[:2], vs[2:], rtol=0, atol=1e-5)
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6 * grads[0].abs().max().item())
 
 
@@ -436,11 +721,10 @@ def test_train_and_sample_run_from_the_command_line(folders, name, tmp_path, mon
     command = ["train.py", "--model", str(folders[name]), *small, "--reward", "brightness", "--name", "run"]
     command += ["--prompts", "prompts.txt", "--pairs", "4", "--iterations", "1", "--lr", "0.01"]
     monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.setattr(train, "catch_interrupt", list)  # or Ctrl-C would no longer stop pytest
     train.main()
     assert "held-out brightness" in capsys.readouterr().out
     last = json.loads((tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["images"] == 8 and last["drift"] > 0 and last["memory_mb"] > 0
+    assert last["images"] == 8 and last["drift"] > 0
     # the run folder says which model and size
     monkeypatch.setattr(
         sys, "argv", ["sample.py", "--prompt", "robot", "--lora", "runs/run", "--compare", "--n", "1"]
@@ -454,7 +738,7 @@ def test_train_and_sample_run_from_the_command_line(folders, name, tmp_path, mon
 
 def test_models_that_cannot_be_loaded_say_why(folders, tmp_path):
     def complaint(path):
-        with pytest.raises(errors.UserError) as error:
+        with pytest.raises(UserError) as error:
             make_flow(path)
         assert "\n" not in str(error.value)
         return str(error.value)
@@ -469,10 +753,82 @@ def test_models_that_cannot_be_loaded_say_why(folders, tmp_path):
     shutil.copytree(folders["sd-turbo"], tmp_path / "broken")
     (tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"1234")
     assert "is damaged or incomplete" in complaint(tmp_path / "broken")
-    with pytest.raises(errors.UserError, match="made to run without"):
-        make_flow(folders["flux-schnell"], guidance=3.5, size="64")
-    with pytest.raises(errors.UserError, match="multiples of 16 pixels"):
+    with pytest.raises(UserError, match="made to run without"):
+        make_flow(folders["flux-schnell"], guidance=3.5)
+    with pytest.raises(UserError, match="multiples of 16 pixels"):
         make_flow(folders["sd3"], size="72")
+
+
+def test_index_and_folder_of_a_model_may_hold_anything(folders, tmp_path):
+    def complaint():
+        with pytest.raises(UserError) as error:
+            make_flow(tmp_path)
+        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+        return str(error.value)
+
+    index = tmp_path / "model_index.json"
+    for data in (b"[]", b"null", b"1", b"{", b"", b'{"_class_name": ["a"]}', b'{"a": "\xe9"}', b"{}"):
+        index.write_bytes(data)
+        assert "known are" in complaint() or "is damaged" in complaint()
+    index.write_text('{"_class_name": "StableDiffusionPipeline", "unet": 1, "text_encoder": ["x", "Y"]}')
+    assert "is damaged or incomplete" in complaint()
+    shutil.copytree(folders["flux-dev"], tmp_path, dirs_exist_ok=True)
+    for data in (b"[]", b"null", b"\xe9"):
+        (tmp_path / "transformer" / "config.json").write_bytes(data)
+        assert "is damaged or incomplete" in complaint()
+
+
+def test_a_folder_gets_the_defaults_of_its_like(folders):
+    likes = {
+        "sd3": "sd3",
+        "sd2.1": "sd1.5",
+        "sdxl": "sdxl",
+        "flux-dev": "flux-dev",
+        "flux-schnell": "flux-schnell",
+    }
+    for folder, like in likes.items():
+        assert vars(find_model(str(folders[folder]))) == vars(MODELS[like]) | {
+            "path": str(folders[folder]),
+            "variant": None,
+        }
+
+
+def test_half_size_files_are_downloaded_where_there_are_some(folders, tmp_path, monkeypatch):
+    asked = []
+    index = json.loads((folders["sdxl"] / "model_index.json").read_text())
+    for name in ("load_config", "from_pretrained"):
+        returned = index if name == "load_config" else None
+
+        def method(path, returned=returned, **options):
+            asked.append(options.get("variant"))
+            return returned
+
+        monkeypatch.setattr(diffusers.DiffusionPipeline, name, method)
+    for name, variant in {
+        "sd-turbo": "fp16",
+        "sdxl-turbo": "fp16",
+        "sdxl": "fp16",
+        "someone/sdxl": None,
+    }.items():
+        load_pipeline(find_model(name), torch.float16)
+        assert asked[-1] == variant
+
+
+def test_a_folder_of_half_size_files_loads(folders, tmp_path):
+    """And one with both kinds loads those of full size."""
+    images = {}
+    pipe = load_theirs(folders["sdxl"])
+    for kind in ("half", "both", "full"):
+        if kind != "full":
+            pipe.to(torch.float16).save_pretrained(tmp_path / kind, variant="fp16")
+        if kind == "both":
+            shutil.copytree(folders["sdxl"], tmp_path / kind, dirs_exist_ok=True)
+        folder = folders["sdxl"] if kind == "full" else tmp_path / kind
+        images[kind] = make_flow(folder, steps=2).images(torch.tensor([0]), [0])
+    assert len(list((tmp_path / "half").glob("*/*.safetensors"))) == 4
+    assert len(list((tmp_path / "both").glob("*/*.safetensors"))) == 8
+    assert torch.equal(images["both"], images["full"])
+    assert 0 < (images["half"] - images["full"]).abs().mean() < 0.002  # the weights are rounded to 11 bits
 
 
 def test_gated_models_say_what_to_do(monkeypatch):
@@ -482,11 +838,10 @@ def test_gated_models_say_what_to_do(monkeypatch):
     monkeypatch.setattr(diffusers.configuration_utils, "hf_hub_download", refuse)
     monkeypatch.setattr(transformers.utils.hub, "hf_hub_download", refuse)
     for load in (lambda: make_flow("flux-dev"), lambda: Reward("clip", tiny=None)):
-        with pytest.raises(errors.UserError, match="gated: accept its licence on the hub, then run `hf auth"):
+        with pytest.raises(UserError, match="gated: accept its licence on the hub, then run `hf auth"):
             load()
 
 
 def test_every_model_has_a_family():
     for model in MODELS.values():
-        assert model.train_steps is None or model.train_steps < model.steps
-        assert sample.size(model.size)
+        assert 1 <= model.train_steps <= model.steps and size(model.size)

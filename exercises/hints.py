@@ -1,0 +1,27 @@
+"""What the checks share: a comparison that says in which way an answer is wrong."""
+
+import torch
+
+
+def assert_close(found, expected, what, hint="", tolerance=1e-6):
+    """Pass if |found - expected| <= tolerance |expected|; else say how they differ, then the hint."""
+    assert found is not None, f"{what}: your function returned None"
+    found, expected = (torch.as_tensor(value, dtype=torch.float64) for value in (found, expected))
+    assert found.shape == expected.shape, f"{what}: shape {list(found.shape)}, not {list(expected.shape)}"
+    assert found.isfinite().all(), f"{what} is not finite: something was divided by zero"
+    size = expected.norm().item()
+    if (found - expected).norm() <= tolerance * size:
+        return
+    scale = ((found * expected).sum() / size**2).item() if size > 0 else 0.0
+    if size == 0:
+        how = f"should be zero, but its length is {found.norm():.4g}"
+    elif found.norm() == 0:
+        how = "is zero"
+    elif (found - scale * expected).norm() > max(tolerance, 1e-4) * size:
+        cosine = (scale * size / found.norm()).item()
+        how = f"points elsewhere: its cosine with the right one is {cosine:.3f}"
+    elif abs(scale + 1) < max(tolerance, 1e-3):
+        how = "has the right size but the wrong sign"
+    else:
+        how = f"is {scale:.4g} times what it should be"
+    raise AssertionError(f"{what} {how}. {hint}".strip())

@@ -1,0 +1,16 @@
+"""Solution of exercise 6.
+
+The gradient w has the projection (w . d) d on a direction d of length 1, and its mean over all directions is
+w / D: the other D - 1 are not seen. The sum of squares is D times their mean, so with the mean g is w on
+average.
+"""
+
+
+def pair_gradient(R_1, R_2, x_1, x_2):
+    dx = x_1 - x_2
+    return (R_1 - R_2) * dx / (dx**2).mean().clamp(min=1e-12)
+
+
+def group_gradient(R, x):
+    dR, dx = R - R.mean(), x - x.mean(0)
+    return (dR[:, None] * dx).mean(0) / (dx**2).mean().clamp(min=1e-12)

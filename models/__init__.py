@@ -1,0 +1,1 @@
+"""Diffusers pipelines as flows, the models that have names, and LoRA files."""
