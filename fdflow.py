@@ -168,7 +168,7 @@ def slopes(problem, directions, h, eps, cond):
     """
     K, slopes_by_batch, size = len(directions), [], max(1, problem.batch // (2 * len(directions)))
     for e, c in zip(eps.split(size, dim=1), cond.split(size, dim=1)):
-        e, c = torch.cat([e, e]).flatten(0, 1), torch.cat([c, c]).flatten(0, 1)  # [2 K n, ...]
+        e, c = torch.cat([e, e]).flatten(0, 1), torch.cat([c, c]).flatten(0, 1)  # first all +h, then all -h
         with problem.lora.perturbed(torch.cat([h * directions, -h * directions])):
             x = sample(problem.velocity, e, c, problem.times)
         plus, minus = problem.reward(x, c).to(directions).view(2, K, -1)
@@ -240,8 +240,8 @@ def fdfo(problem, eps, cond, generator=None, branches: int = 2, churn: float = 0
     unit = (unit / len(eps)).clamp(min=1e-12)
     for x_0, c, g, _, generators in rolls:
         for t in draw_times(problem.times, train_steps, generators):
-            share = t.view(-1, *[1] * (x_0.dim() - 1))
-            x = (1 - share) * x_0 + share * normal(generators, x_0)
+            t_ = t.view(-1, *[1] * (x_0.dim() - 1))  # [G, 1, ...]
+            x = (1 - t_) * x_0 + t_ * normal(generators, x_0)
             v = problem.velocity(x, t, c)
             loss = F.mse_loss(v, v.detach() - g / unit)
             if kl > 0:
@@ -261,8 +261,8 @@ def roll_out(problem, eps, cond, branches, churn, generator=None):
     differ, dR [G], and a generator each, so that a group's noise is the same in whichever batch it comes.
     """
     rolls, seeds = [], torch.randint(2**31, (len(eps),), generator=generator, device=eps.device)
-    for e, c, seeds in micro_batches(problem.batch // branches, eps, cond, seeds):
-        generators = [torch.Generator(e.device).manual_seed(seed) for seed in seeds.tolist()]
+    for e, c, part in micro_batches(problem.batch // branches, eps, cond, seeds):
+        generators = [torch.Generator(e.device).manual_seed(seed) for seed in part.tolist()]
         es, cs = e.repeat_interleave(branches, 0), c.repeat_interleave(branches, 0)  # [G K, ...]
         x = sample(problem.velocity, es, cs, problem.times, churn, partial(normal, generators))
         R = problem.reward(x, cs).view(-1, branches)  # [G, K]
@@ -288,10 +288,10 @@ def normal(generators, x):
 
 
 def draw_times(times, n, generators):
-    """n random times [G] of those at which the sampler calls the network, for G groups: [n, G].
+    """n random times for each of G groups, of those at which the sampler calls the network: [n, G].
 
-    A time is as likely as the share of time that its step covers, for so much does its velocity move the
-    image. The n are spread evenly from a random start.
+    A time is as likely as its step's share of the way to 0, for so much does its velocity move the image.
+    The n are spread evenly from a random start.
     """
     device = generators[0].device
     start = torch.cat([torch.rand(1, generator=g, device=device) for g in generators])

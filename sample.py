@@ -35,10 +35,9 @@ def parse_args():
     if args.compare and not args.lora:
         parser.error("--compare needs --lora")
     if args.lora and Path(args.lora, "config.json").is_file():
-        config = read_config(args.lora)
-        said = [f"--{key}={config[key]}" for key in ("model", "steps", "guidance", "size") if key in config]
-        saved = parser.parse_args(said)
-        for key in ("model", "steps", "guidance", "size"):
+        keys = ("model", "steps", "guidance", "size")
+        saved = parser.parse_args(read_config(args.lora, keys))
+        for key in keys:
             setattr(args, key, getattr(args, key) or getattr(saved, key))
     return args, fill_defaults(args)
 

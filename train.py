@@ -58,7 +58,7 @@ def make_parser(estimator):
     add("--watch", default=WATCHED, help=f"rewards to measure, not train (default {WATCHED})")
     add("--prompts", metavar="FILE", help="a prompt a line, every tenth held out (default: emoji names)")
     add("--estimator", default="fdfo", help=f"{', '.join(ESTIMATORS)} or file.py:function (default fdfo)")
-    add("--iterations", type=whole, help="roll-outs (default: fdfo 100, spsa 20, central 30)")
+    add("--iterations", type=whole, help="roll-outs (default: tiny 64, others 100; spsa 20, central 30)")
     add("--seed", type=number(int, 0, 10**6), default=0, help="of everything random (default 0)")
     add("--pairs", type=whole, help="noises, groups, of an iteration (default: fdfo 32, spsa 128, central 2)")
     add("--lr", type=number(float, 0, 1), help="of AdamW (default: the model's; spsa 0.01, central 0.02)")
@@ -97,7 +97,7 @@ def parse_args():
         if getattr(args, key) != saved[key]:
             raise UserError(f"--resume: the run was started with --{key.replace('_', '-')} {saved[key]}")
     model = fill_defaults(args)
-    suits = {"iterations": 100, "pairs": 32, **vars(model), **SUITS.get(args.estimator, {})}
+    suits = {"pairs": 32, **vars(model), **SUITS.get(args.estimator, {})}
     for key in ("iterations", "pairs", "lr", "rank", "layers"):
         setattr(args, key, suits[key] if getattr(args, key) is None else getattr(args, key))
     options = {}
@@ -172,11 +172,13 @@ def main():
     start_processes(args)
     run = Run(args)
     prompts, held_prompts = split_prompts(args.prompts)
-    flow = load_flow(model, args, prompts + held_prompts)
+    flow = load_flow(model, args, prompts + held_prompts, cache=Path(args.out, "embeddings"))
     reward, watched, clip_embed = load_rewards(args, model)
     start, layers = seeded(args.seed, "lora"), layers_named(flow.network, args.layers)
     lora = LoRA(flow.network, layers, args.rank, model.scale * args.rank, start)
-    optimizer = torch.optim.AdamW(lora.parameters, args.lr, weight_decay=1e-4)
+    flow.scale_gradients(lora)
+    fused = args.device.startswith("cuda") or None
+    optimizer = torch.optim.AdamW(lora.parameters, args.lr, weight_decay=1e-4, fused=fused)
     step = partial(optimizer_step, optimizer, lora.parameters)
     velocity, scorer = Counted(flow.velocity), Scorer(flow, reward)
     problem = Problem(velocity, scorer, lora, flow.train_times, args.batch, step)

@@ -32,7 +32,7 @@ def load_flow(model, args, prompts, cache=None):
     machine then share one copy, and the next run finds them there.
     """
     try:
-        torch.empty(0, device=args.device)
+        torch.zeros(1, device=args.device).cpu()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {first_line(error)}") from error
     pipe = load_pipeline(model, getattr(torch, args.dtype))
@@ -57,7 +57,7 @@ class Flow:
     network_name = "transformer"
     patch = 1  # latent pixels to a side of the network's patch
     noise_scale = 1.0  # times the noise of a pipeline is normal noise
-    rows = None  # of the embeddings, for each prompt; without, a prompt has a row of `embeddings`, joined
+    gradient_scale = 1.0  # of gradients within the network
 
     def __init__(self, pipe, args, tokens):
         """args has device, dtype, steps, size, guidance, compile and checkpointing, all filled in."""
@@ -149,8 +149,6 @@ class Flow:
 
     def conditioning(self, cond):
         """What the network takes of prompts `cond` [B], on the device; with guidance for 2 B images."""
-        if self.rows is None:
-            return [tensor[cond].to(self.device) for tensor in self.embeddings]
         rows = self.rows[cond.cpu()]
         if self.guided:  # each image after its unconditional twin: the k-th part of a batch stays the k-th
             rows = torch.stack([torch.full_like(rows, self.empty), rows], 1).flatten()
@@ -162,11 +160,20 @@ class Flow:
         if self.last[0] is not cond:  # a trajectory asks again and again for the same
             self.last = cond, self.conditioning(cond)
         t = t if torch.is_tensor(t) else x.new_full(x.shape[:1], t)
+        x = scaled_gradient(x, 1 / self.gradient_scale)
         if not self.guided:
-            return self.predict(x, t, *self.last[1])
+            return scaled_gradient(self.predict(x, t, *self.last[1]), self.gradient_scale)
         both = self.predict(x.repeat_interleave(2, 0), t.repeat_interleave(2), *self.last[1])
-        base, v = both.unflatten(0, (-1, 2)).unbind(1)
+        base, v = scaled_gradient(both, self.gradient_scale).unflatten(0, (-1, 2)).unbind(1)
         return base + self.guidance * (v - base)
+
+    def scale_gradients(self, lora):
+        """In float16, where most gradients would be too small a number, let the network see them 16,384 times
+        as large, and neither the LoRA's parameters nor x."""
+        if self.dtype == torch.float16:
+            self.gradient_scale = 16384.0
+            for p in lora.parameters:
+                p.register_hook(lambda grad: grad / self.gradient_scale)
 
     def decode(self, x):
         """Latents to images [B, 3, H, W], float32 in [0, 1]; a few at a time, to save memory."""
@@ -191,6 +198,14 @@ class Flow:
             x = fdflow.sample(self.velocity, self.noise(seeds[i : i + batch]), c, self.times)
             images.append(self.decode(x).cpu())
         return torch.cat(images)
+
+
+def scaled_gradient(x, factor):
+    """x itself, with its gradient multiplied by a factor."""
+    if factor != 1 and x.requires_grad:
+        x = x.view_as(x)
+        x.register_hook(lambda grad: grad * factor)
+    return x
 
 
 class SD3Flow(Flow):

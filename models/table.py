@@ -35,15 +35,17 @@ class Model:
     kl: float = 0  # pull to the base model
     batch: int = 12  # images in one network call
     layers: str = "attention"  # with a LoRA, as lora_files.layers_named has them
+    iterations: int = 100
     tokens: int = 256  # of the T5 encoder, or zeros in its place
     variant: str | None = None  # of the files to download: "fp16" are half as large
 
 
 TINY_PATH = str(TINY / "tiny-sd3")
+TINY_TRAINING = {"layers": "modulation", "iterations": 64, "tokens": 1}
 TURBO = {"steps": 4, "churn": 0.025, "batch": 16, "variant": "fp16"}
 SDXL = {"guidance": 5, "train_steps": 8, "batch": 4, "variant": "fp16"}
 MODELS = {
-    "tiny": Model(TINY_PATH, 4, "64", 1, 5e-4, 8, 1, 0.05, train_steps=1, kl=1, batch=64, tokens=1),
+    "tiny": Model(TINY_PATH, 4, "64", 1, 5e-4, 32, 1, 0.05, 1, kl=1, batch=64, **TINY_TRAINING),
     "sd3": Model("stabilityai/stable-diffusion-3-medium-diffusers", 28, train_steps=7),
     "sd3.5": Model("stabilityai/stable-diffusion-3.5-medium", 40, train_steps=10),
     "sd3.5-large": Model("stabilityai/stable-diffusion-3.5-large", 40, train_steps=10, batch=8),

@@ -45,6 +45,15 @@ ARCHITECTURES = {
         dict(num_layers=2, num_single_layers=2, num_attention_heads=2), FLOW(shift=1.0), 16, (4096, 768),
     ),
 }  # fmt: skip
+# what others have instead
+VARIANTS = {
+    "sd3": ("sd3.5", dict(dual_attention_layers=(), qk_norm=None, pos_embed_max_size=192)),
+    "sd3.5-large": ("sd3.5", dict(num_layers=38, num_attention_heads=38, caption_projection_dim=2432,
+                                  dual_attention_layers=(), pos_embed_max_size=192)),
+    "sd1.5": ("sd-turbo", dict(attention_head_dim=8, cross_attention_dim=768, use_linear_projection=False)),
+    "sdxl": ("sdxl-turbo", {}),
+    "flux-dev": ("flux-schnell", dict(guidance_embeds=True)),
+}  # fmt: skip
 
 
 def build(name, tokens, toy, weights):
@@ -52,7 +61,9 @@ def build(name, tokens, toy, weights):
 
     tokens: of the T5 encoder. weights: the context in which random weights are made.
     """
+    name, instead = VARIANTS.get(name, (name, {}))
     pipeline, network, config, small, scheduler, channels, (width, *pooled) = ARCHITECTURES[name]
+    config, width = config | instead, instead.get("cross_attention_dim", width)
     text = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
     vision = text | dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, patch_size=14)
     if toy:

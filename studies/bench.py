@@ -12,14 +12,14 @@ from contextlib import ExitStack
 from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import fdflow
 from fdflow import LoRA, Problem, fdfo
 from models.flows import FAMILIES
 from models.lora_files import layers_named
 from models.table import add_model_arguments, fill_defaults
-from studies.architectures import ARCHITECTURES, build
+from studies.architectures import ARCHITECTURES, VARIANTS, build
+from studies.fake_gpu import fake_gpu
 from studies.profiler import Profiler
 from support.commands import Parser, add_estimator_arguments, number, options_of
 from support.errors import UserError, run_command
@@ -31,19 +31,16 @@ def measure(args, model, device, fake):
     settings = argparse.Namespace(**vars(args) | {"device": device, "compile": args.compile and not fake})
     options = {key: getattr(args, key) for key in options_of(fdfo) if getattr(args, key) is not None}
     with ExitStack() as stack:
-        weights = FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.device(device)
         if fake:
-            stack.enter_context(profiler)
+            stack.enter_context(profiler)  # outside, so that it sees what is computed for the fake GPU
+            stack.enter_context(fake_gpu(shapes_only=True))
         torch.set_default_dtype(dtype)
-        pipe, shapes, clip = build(args.model, model.tokens, args.smoke, weights)
+        pipe, shapes, clip = build(args.model, model.tokens, args.smoke, torch.device(device))
         torch.set_default_dtype(torch.float32)
         flow = FAMILIES[type(pipe).__name__](pipe, settings, model.tokens)
-        if fake:
-            stack.enter_context(weights)
-            # fake tensors have no values; the seeds, the only ones that the estimator reads, do not matter
-            stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda tensor: [0] * len(tensor)))
         lora = LoRA(flow.network, layers_named(flow.network, model.layers), args.rank)
-        flow.embeddings = [torch.randn(args.pairs, *shape, dtype=dtype) for shape in shapes]
+        made, twins = [torch.randn(args.pairs, *shape, dtype=dtype) for shape in shapes], 1 + flow.guided
+        flow.conditioning = lambda cond: [e[cond.cpu()].repeat_interleave(twins, 0).to(device) for e in made]
         decode = profiler.profiled("decoding", flow.decode)
         reward = profiler.profiled("reward", lambda images: clip.embed_images(images)[:, 0])
         times, train = flow.train_times, profiler.profiled("training", fdfo)
@@ -66,12 +63,13 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="toy sizes")
     parser.set_defaults(model="sd3.5", branches=2)
     args = parser.parse_args()
-    if args.model not in ARCHITECTURES:
-        raise UserError(f"--model {args.model}: known here are {', '.join(ARCHITECTURES)}")
+    known = [*ARCHITECTURES, *VARIANTS]
+    if args.model not in known:
+        raise UserError(f"--model {args.model}: known here are {', '.join(known)}")
     model = fill_defaults(args)
     args.pairs = args.pairs or max(1, args.batch // args.branches)
     print(f"{args.model}, {args.size} px, {args.steps} steps, {args.pairs} noises, {args.dtype}")
-    counted = measure(args, model, "cpu", fake=True)
+    counted = measure(args, model, "cuda", fake=True)
     timed = counted if args.estimate else measure(args, model, args.device, fake=False)
     print("per 2 images  TFLOP  peak GiB" + "   seconds   TFLOP/s" * (not args.estimate))
     pairs, total = args.pairs * args.branches / 2, 0

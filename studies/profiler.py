@@ -27,7 +27,8 @@ class Profiler(TorchDispatchMode):
         if function.overloadpacket in flop_registry:
             self.operations += flop_registry[function.overloadpacket](*args, **kwargs or {}, out_val=result)
         for tensor in result if isinstance(result, tuple | list) else [result]:
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            on_gpu = isinstance(tensor, torch.Tensor) and tensor.device.type == "meta"  # in C++, the fake GPU
+            storage = tensor.untyped_storage() if on_gpu else None
             if storage is not None and storage._cdata not in self.known:
                 self.known.add(storage._cdata)
                 self.live += storage.nbytes()

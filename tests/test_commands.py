@@ -267,7 +267,7 @@ BAD = {
     "--prompts missing.txt": "no prompt file missing.txt",
     "--prompts empty.txt": "empty.txt is empty",
     "--prompts picture.bin": "picture.bin is not a text file",
-    "--prompts long.txt": "a prompt of 3000 characters",
+    "--prompts long.txt": "a prompt of 2999 characters",
     "--reward -jpeg_size": "--reward=-jpeg_size",
     "--iterations 0": "0 is not between 1 and",
     "--iter 5": "unrecognized arguments: --iter 5",

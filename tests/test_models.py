@@ -621,7 +621,7 @@ def without_onednn():
 @pytest.mark.parametrize("dtype, tolerance, aligned", [("bfloat16", 0.01, 0.99), ("float16", 0.001, 0.9999)])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_half_precision_is_float32_but_for_rounding(folders, name, dtype, tolerance, aligned, without_onednn):
-    cond, images, grads = torch.tensor([0, 1]), [], []
+    cond, images, grads, by_image = torch.tensor([0, 1]), [], [], []
     for kind in ("float32", dtype):
         guidance = 1 if name == "flux-schnell" else 2
         flow = make_flow(folders[name], steps=2, guidance=guidance, dtype=kind)
@@ -630,14 +630,17 @@ def test_half_precision_is_float32_but_for_rounding(folders, name, dtype, tolera
         images.append(flow.images(cond, [0, 1]))
         x, target = flow.noise([0, 1]), flow.noise([2, 3])
         times = torch.tensor(flow.times)[:2]
-        scale = 2.0**10 if kind == "float16" else 1  # or the gradients are too small a number for it
-        (scale * (flow.velocity(x, times, cond) - target).square().mean()).backward()
-        grads.append(torch.cat([p.grad.flatten() for p in lora.parameters]) / scale)
+        flow.scale_gradients(lora)
+        x.requires_grad_()
+        (1e-2 * (flow.velocity(x, times, cond) - target).square().mean()).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in lora.parameters]))
+        by_image.append(x.grad.flatten())
         assert images[-1].dtype == grads[-1].dtype == torch.float32 and grads[-1].norm() > 0
     # 8 or 11 bits, through a random network and two steps: hundredths or thousandths of the range
     assert (images[0] - images[1]).abs().mean() < tolerance
-    # and the same direction
-    assert torch.cosine_similarity(*grads, dim=0) > aligned
+    for pair in (grads, by_image):  # the same direction and size
+        assert torch.cosine_similarity(*pair, dim=0) > aligned
+        assert (pair[1].norm() / pair[0].norm()).item() == pytest.approx(1, abs=0.05)
 
 
 def test_the_vae_computes_in_float32_where_float16_is_too_small_for_it(folders, tmp_path):
