@@ -73,12 +73,12 @@ def report(folder, records, reward):
     if measured[0].get("held_out") is not None:
         errors = [r["held_out_se"] or 0 for r in measured]
         axes["reward"].errorbar(x, [r["held_out"] for r in measured], errors, fmt="C0o-", capsize=3)
-    axes["reward"].set_title(f"{reward[:40]}: held-out ± standard error (pale: training)")
+    axes["reward"].set_title(f"{reward[:40]}: held-out\n± standard error (pale: training)")
     for name, unit in measured[0]["watched_se"].items():
         change = [(r["change"][name] or 0) / (unit or 1) for r in measured]
         axes["watched"].plot(x, change, "o-", label=f"{name} ({measured[-1]['change'][name] or 0:+.2f})")
     axes["watched"].axhline(0, color="grey", lw=0.5)
-    axes["watched"].set_title("watched: held-out change, in standard errors of the base model")
+    axes["watched"].set_title("watched: held-out change,\nin standard errors of the base model")
     axes["watched"].legend()
     axes["drift"].plot(x, [r["drift"] for r in measured], "o-")
     axes["drift"].set_title("drift from the base model")
