@@ -6,6 +6,7 @@ import signal
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in two processes
 
 
 @pytest.fixture(autouse=True)
