@@ -189,6 +189,7 @@ def test_a_service_that_goes_down_loses_nothing(tmp_path, monkeypatch, capsys):
     assert [record["iteration"] for record in metrics(tmp_path / "runs" / "x")] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.ci
 def test_a_hacked_reward_is_called_out(tmp_path):
     args = "--reward brightness --kl 0 --pairs 16 --steps 2 --lr 2e-3 --iterations 8 --eval-every 8"
     code, out, err = command("train.py", *args.split(), cwd=tmp_path)
@@ -251,7 +252,7 @@ BAD = {
     "--reward brightness**2": "column 1",
     "--reward broken.py:f": "broken.py:f raised ValueError: no luck",
     "--reward nan.py:f": "nan.py:f is undefined for all of the held-out prompts",
-    "--reward short.py:f": "must return [64] numbers, not [1]",
+    "--reward short.py:f": "must return [4] numbers, not [1]",
     "--estimator newton": "known: fdfo, spsa, central, file.py:function",
     "--estimator missing.py:f": "there is no file missing.py",
     "--estimator lazy.py:f --iterations 1": "must add to every .grad",
@@ -302,6 +303,7 @@ def test_bad_arguments_end_in_one_line(flags, tmp_path, monkeypatch, capsys):
     (tmp_path / "short.py").write_text("def f(images, prompts):\n    return [1.0]\n")
     (tmp_path / "nan.py").write_text("def f(images, prompts):\n    return [float('nan')] * len(images)\n")
     (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "two.txt").write_text("sun\nrobot\n")
     (tmp_path / "long.txt").write_text("sun\n" + "very " * 600)
     (tmp_path / "lazy.py").write_text(
         "def f(problem, eps, cond, generator):\n    return 0\n"
@@ -318,7 +320,8 @@ def test_bad_arguments_end_in_one_line(flags, tmp_path, monkeypatch, capsys):
     before = sorted(tmp_path.rglob("*"))
     # in this process, since a new one takes seconds to import torch; two of them in real processes follow
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
+    few = [] if "--prompts" in flags or "--resume" in flags else ["--prompts", "two.txt"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split(), *few])
     with pytest.raises(SystemExit) as stop:
         run_command(train.main)
     out, err = capsys.readouterr()

@@ -46,6 +46,7 @@ def test_links_lead_somewhere():
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
+@pytest.mark.ci
 def test_every_flag_is_one():
     commands = ("train.py", "train.py --estimator spsa", "sample.py", "-m studies.bench")
     help_text = "".join(run(ROOT, *command.split(), "--help") for command in commands)
@@ -63,6 +64,7 @@ def test_copying_works_in_an_empty_folder(tmp_path):
     assert float(said) < 0.6  # 1.26 before
 
 
+@pytest.mark.ci
 def test_reward_and_estimator_of_ones_own_train(tmp_path):
     (tmp_path / "mine.py").write_text(block("def purple"))
     (tmp_path / "evolve.py").write_text(block("def evolution"))
