@@ -78,7 +78,7 @@ def color_entropy(images, prompts):
     return -torch.special.xlogy(p, p).sum(1) / math.log(2)
 
 
-PROGRAMS = (brightness, sharpness, colorfulness, jpeg_size, edge_density, color_entropy)
+PROGRAMS = [brightness, sharpness, colorfulness, jpeg_size, edge_density, color_entropy]
 PROGRAMS = {program.__name__: program for program in PROGRAMS}
 
 
@@ -188,7 +188,9 @@ def load_function(what, term):
     return getattr(module, name)
 
 
-KNOWN = ", ".join(["aesthetic, clip, pickscore, vlm, ocr, human", *PROGRAMS, "file.py:function, http://..."])
+KNOWN = ", ".join(
+    ["aesthetic, clip, pickscore, vlm, judge, taste, ocr, human", *PROGRAMS, "file.py:function, URL"]
+)
 # the terms that are not Python: a service, a function in a file, a name with options
 TERM = re.compile(rf'https?://[^\s*()]+|{FILE.pattern}|[A-Za-z]\w*(?::(?:"[^"]*"|[\w./-]+))+')
 
@@ -269,17 +271,17 @@ def load_term(text, tiny, device, human):
         case ["clip"]:
             return load_clip(tiny, device)
         case ["pickscore"]:
-            return importlib.import_module("zoo.pickscore").load_pickscore(clip_from, device)
-        case ["vlm", *options]:
-            return importlib.import_module("zoo.vlm").load_vlm(device, *options)
-        case ["ocr"]:
-            return importlib.import_module("zoo.ocr").load_ocr()
+            return importlib.import_module("zoo.pickscore").load(clip_from, device)
+        case ["taste", *options]:
+            return importlib.import_module("zoo.taste").load(load_clip(tiny, device), *options)
+        case [("vlm" | "ocr" | "judge") as name, *options]:
+            return importlib.import_module(f"zoo.{name}").load(device, *options)
         case ["http" | "https", *_]:
             return importlib.import_module("zoo.http").Http(text)
-        case ["human"] if human is not None:
-            return human
         case ["human"]:
-            raise UserError("reward human: only train.py with --estimator fdfo can ask a person")
+            if human is None:
+                raise UserError("reward human: only train.py with --estimator fdfo can ask a person")
+            return human
     raise UserError(f"there is no reward {text!r}; known: {KNOWN}")
 
 

@@ -40,8 +40,10 @@ def edit_distance(a, b):
     return row[-1]
 
 
-def load_ocr():
+def load(device, *options):
     """PP-OCR through the package rapidocr, which brings its models along. UserError if it is missing."""
+    if options:
+        raise UserError(f"reward ocr takes no options, as {options[0]}")
     try:
         from rapidocr import RapidOCR
     except ImportError as error:

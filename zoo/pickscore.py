@@ -7,7 +7,7 @@ difference of their scores. Typically 17 to 24.
 from zoo.loading import large_model_dtype
 
 
-def load_pickscore(clip_from, device):
+def load(clip_from, device):
     """The Clip of PickScore; `clip_from` loads one, see rewards.py."""
     processors = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     dtype = large_model_dtype(device)

@@ -42,7 +42,7 @@ class Vlm:
         return 100 * torch.sigmoid(logits[:, self.yes] - logits[:, self.no])
 
 
-def load_vlm(device, *options):
+def load(device, *options):
     """The Vlm of the options in a term `vlm:...`: a model, or a question in quotes, or both.
 
     A model is a size of Qwen2.5-VL, 3b (the default), 7b, 32b or 72b, or another of its kind: a hub id or a
