@@ -78,7 +78,7 @@ def color_entropy(images, prompts):
     return -torch.special.xlogy(p, p).sum(1) / math.log(2)
 
 
-PROGRAMS = [brightness, sharpness, colorfulness, jpeg_size, edge_density, color_entropy]
+PROGRAMS = (brightness, sharpness, colorfulness, jpeg_size, edge_density, color_entropy)
 PROGRAMS = {program.__name__: program for program in PROGRAMS}
 
 
@@ -188,9 +188,7 @@ def load_function(what, term):
     return getattr(module, name)
 
 
-KNOWN = ", ".join(
-    ["aesthetic, clip, pickscore, vlm, judge, taste, ocr, human", *PROGRAMS, "file.py:function, URL"]
-)
+KNOWN = f"aesthetic, clip, pickscore, vlm, judge, taste, ocr, human, {', '.join(PROGRAMS)}, file.py:function"
 # the terms that are not Python: a service, a function in a file, a name with options
 TERM = re.compile(rf'https?://[^\s*()]+|{FILE.pattern}|[A-Za-z]\w*(?::(?:"[^"]*"|[\w./-]+))+')
 
