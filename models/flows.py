@@ -46,9 +46,10 @@ class Flow:
     """A diffusers pipeline as a flow; the families below say what differs.
 
     Latents x are float32 [B, C, H / 8, W / 8]; `cond` [B] holds indices into the prompts given to `encode`;
-    `times` is the scheduler's own schedule, `train_times` the same without a last step from below 0.01, which
-    moves nothing. guidance > 1 is classifier-free guidance. `network` is the part that is trained,
-    `network_name` its name in the pipeline, `blocks` the classes of its repeated blocks.
+    `times` is the scheduler's own schedule; `train_times` that of the roll-outs, which may have fewer steps,
+    without a last one from below 0.01, which moves nothing. guidance > 1 is classifier-free guidance.
+    `network` is the part that is trained, `network_name` its name in the pipeline, `blocks` the classes of
+    its repeated blocks.
 
     `outputs` names the outputs of each text encoder that are kept, `join(*outputs)` makes of them what the
     network takes, text [B, N, C] and perhaps pooled text [B, D], and `predict(x, t, *joined)` the velocity.
@@ -77,8 +78,9 @@ class Flow:
         if self.width % pixels or self.height % pixels or max(self.width, self.height) > most:
             raise UserError(f"--size {args.size}: this model makes multiples of {pixels} pixels up to {most}")
         self.shape = (self.vae.config.latent_channels, self.height // scale, self.width // scale)
+        train_times = self.schedule(getattr(args, "rollout_steps", args.steps))
+        self.train_times = [t for t in train_times if t == 0 or t > 0.01]
         self.times = self.schedule(args.steps)
-        self.train_times = [t for t in self.times if t == 0 or t > 0.01]
         self.last = None, None
         if args.checkpointing:
             self.network.enable_gradient_checkpointing()
@@ -260,6 +262,7 @@ class SDFlow(Flow):
 
     network_name, blocks = "unet", ("BasicTransformerBlock",)
     outputs = {"text_encoder": ["last_hidden_state"]}
+    table = torch.empty(3, 0)
 
     def schedule(self, steps):
         scheduler = diffusers.EulerDiscreteScheduler.from_config(self.pipe.scheduler.config)
@@ -268,9 +271,10 @@ class SDFlow(Flow):
             raise UserError(f"this model predicts {self.kind}; known are epsilon and v_prediction")
         scheduler.set_timesteps(steps)
         sigmas = scheduler.sigmas[:steps]
-        self.table = torch.stack([sigmas / (1 + sigmas), sigmas, scheduler.timesteps]).to(self.device)
+        rows = torch.stack([sigmas / (1 + sigmas), sigmas, scheduler.timesteps]).to(self.device)
+        self.table = torch.cat([self.table.to(rows), rows], 1)  # of all schedules that are asked for
         self.noise_scale = float(scheduler.init_noise_sigma / sigmas[0])
-        return [*self.table[0].tolist(), 0.0]
+        return [*rows[0].tolist(), 0.0]
 
     def join(self, text):
         return [text]

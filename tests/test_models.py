@@ -234,6 +234,18 @@ def test_roll_outs_leave_out_only_a_step_that_moves_nothing(folders):
     assert make_flow(folders["sd-turbo"], steps=4, guidance=1).train_times[-2] > 0.2
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_roll_outs_may_take_fewer_steps_than_drawing(folders, name):
+    flow = make_flow(folders[name], steps=6, rollout_steps=3, guidance=1)
+    six, three = (make_flow(folders[name], steps=steps, guidance=1) for steps in (6, 3))
+    assert flow.times == six.times and flow.train_times == three.train_times
+    eps, cond = three.noise([0, 1]), torch.arange(2)
+    with torch.no_grad():
+        x = fdflow.sample(flow.velocity, eps, cond, flow.train_times)
+        assert torch.equal(x, fdflow.sample(three.velocity, eps, cond, three.train_times))
+    assert torch.equal(flow.images(cond, [0, 1]), six.images(cond, [0, 1]))
+
+
 def test_schedule_has_the_shift_of_the_pipeline(folders):
     times = make_flow(folders["sd3"], steps=4).times
     # SD3's shift, 3 t / (1 + 2 t), counts twice: the steps are even down to 1 / 1000 shifted, then shifted
