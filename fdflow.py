@@ -235,7 +235,7 @@ def fdfo(problem, eps, cond, generator=None, branches: int = 2, churn: float = 0
         raise ValueError("fdfo compares at least 2 branches, and needs churn > 0 for them to differ")
     rolls = roll_out(problem, eps, cond, branches, churn, generator)
     # rewards count in units of their mean difference, so that one learning rate suits any reward
-    unit = sum((dR.sum() for *_, dR, _ in rolls), eps.new_zeros(()))
+    unit = sum((spread.sum() for *_, spread, _ in rolls), eps.new_zeros(()))
     sum_over_processes(unit)
     unit = (unit / len(eps)).clamp(min=1e-12)
     for x_0, c, g, _, generators in rolls:
@@ -258,7 +258,7 @@ def roll_out(problem, eps, cond, branches, churn, generator=None):
     """Sample and score the branches of noises eps [G, ...]. Returns for each micro-batch, of its groups,
 
     the first image x_0 [G, ...], cond [G, ...], the direction g [G, ...] to move it, how much the rewards
-    differ, dR [G], and a generator each, so that a group's noise is the same in whichever batch it comes.
+    differ, spread [G], and a generator each, so that a group's noise is the same in whichever batch it comes.
     """
     rolls, seeds = [], torch.randint(2**31, (len(eps),), generator=generator, device=eps.device)
     for e, c, part in micro_batches(problem.batch // branches, eps, cond, seeds):
@@ -267,8 +267,8 @@ def roll_out(problem, eps, cond, branches, churn, generator=None):
         x = sample(problem.velocity, es, cs, problem.times, churn, partial(normal, generators))
         R = problem.reward(x, cs).view(-1, branches)  # [G, K]
         R = R.where(R.isfinite().all(1, keepdim=True), 0)  # one lost reward, and its group says nothing
-        g, dR = image_gradient(R, x.view(*R.shape, -1)), (R - R.mean(1, keepdim=True)).abs().mean(1)
-        rolls.append((x[::branches], c, g.view(e.shape), dR, generators))
+        g, spread = image_gradient(R, x.view(*R.shape, -1)), (R - R.mean(1, keepdim=True)).abs().mean(1)
+        rolls.append((x[::branches], c, g.view(e.shape), spread, generators))
     return rolls
 
 
