@@ -165,7 +165,8 @@ class Run:
         """Rewards in the progress bar; warnings if they are no numbers, or are hacked."""
         held_out = [r["held_out"] for r in self.records if r.get("held_out") is not None][-1:]
         values = {"reward": record["reward"], "held-out": held_out[0] if held_out else None}
-        self.bar.set_postfix_str(", ".join(f"{k} {v:.2f}" for k, v in values.items() if v is not None))
+        shown = ", ".join(f"{k} {v:.2f}" for k, v in values.items() if v is not None)
+        self.bar.set_postfix_str(shown + spent(record))
         if record["not_finite"]:
             total = sum(r.get("not_finite", 0) for r in self.records)
             warn(f"{total} rewards so far were no finite numbers; their groups were dropped")
@@ -186,7 +187,7 @@ class Run:
             gained = f"{before} -> {after} (gain {plus_minus(last['gain'], last['gain_se'])})"
         seconds = sum(record.get("seconds", 0) for record in self.records)
         print(
-            f"held-out {self.args.reward} {gained}, {last['images']} images, {seconds:.0f} s; "
+            f"held-out {self.args.reward} {gained}, {last['images']} images, {seconds:.0f} s{spent(last)}; "
             f"see {self.folder / 'report.png'} and try: "
             f'python sample.py --lora {self.folder} --compare --prompt "red apple"'
         )
@@ -194,6 +195,11 @@ class Run:
 
 def warn(text):
     tqdm.write(f"warning: {text}", sys.stderr)
+
+
+def spent(record):
+    """What was asked of judges, as text to be added; empty if there is none."""
+    return f", {record['requests']:,} requests, {record['tokens']:,} tokens" if "requests" in record else ""
 
 
 def changes(record, names):
