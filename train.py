@@ -12,6 +12,7 @@ import atexit
 import hashlib
 import math
 import os
+import re
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -30,6 +31,7 @@ from support.errors import UserError, first_line, run_command
 from support.evaluation import Counted, HeldOut, Scorer
 from support.run import Run, read_config
 from zoo.human import Human
+from zoo.judge import Answers
 from zoo.loading import errors_of
 
 WATCHED = "aesthetic,clip,edge_density,color_entropy"
@@ -41,6 +43,7 @@ SUITS = {
 }
 # what may differ between a run and its resumption
 MAY_CHANGE = ("iterations", "out", "name", "resume", "device", "batch", "compile", "checkpointing")
+MAY_CHANGE += ("max_requests",)
 
 
 def make_parser(estimator):
@@ -69,6 +72,7 @@ def make_parser(estimator):
     add("--out", default="runs", help="folder of the runs (default runs)")
     add("--eval-every", type=whole, default=20, help="iterations between evaluations (default 20)")
     add("--resume", action="store_true", help="go on with the run --name")
+    add("--max-requests", type=whole, help="to judges in a run; where it needs more, it stops (default: any)")
     add_model_arguments(parser)
     try:
         add_estimator_arguments(parser, estimator, estimate)
@@ -138,7 +142,8 @@ def load_rewards(args, model):
     alone = args.estimator == "fdfo" and not dist.is_initialized()  # a person compares whole groups
     human = Human(args.branches, args.pairs) if alone else None
     reward = Reward(args.reward, tiny, args.device, human)
-    watched = [Reward(term, tiny, args.device) for term in args.watch.split(",") if term.strip()]
+    terms = re.findall(r'(?:[^,"]|"[^"]*"?)+', args.watch)  # no comma in quotes parts them
+    watched = [Reward(term, tiny, args.device) for term in terms if term.strip()]
     return reward, watched, load_clip(tiny, args.device).embed_images
 
 
@@ -186,6 +191,9 @@ def main():
     problem = Problem(velocity, scorer, lora, flow.train_times, args.batch, step)
     seed = seeded(args.seed, "held-out").initial_seed()
     held_out = HeldOut(flow, len(held_prompts), reward, watched, clip_embed, args.batch, seed)
+    answers = Answers([reward, *watched], args.max_requests)
+    if args.resume:
+        answers.open(run.folder)
     pictures, base = held_out()  # before anything is written: a reward that fails shows itself here
     if base.get("held_out", 0) is None:  # ocr, for one, needs prompts with words in quotes
         raise UserError(f"reward {args.reward} is undefined for all of the held-out prompts")
@@ -196,8 +204,11 @@ def main():
         optimizer.load_state_dict(state["optimizer"])
         problem.memory.update(state["memory"])
 
-    base = {"iteration": 0, "images": 0, "evaluations": 0, **base}
+    base = {"iteration": 0, "images": 0, "evaluations": 0, **base, **answers.record()}
     run.resume(restore) if args.resume else run.begin(base, pictures, held_out.prompts)
+    if answers.judges and not args.resume:  # what is paid for is kept from here on
+        run.make_folder()
+        answers.open(run.folder)
     if "human" in reward.terms:
         run.make_folder()
         print(f"compare the images at {reward.terms['human'].open(run.folder, run.interrupted)}", flush=True)
@@ -219,7 +230,7 @@ def main():
         record["evaluations"] = last.get("evaluations", 0) + velocity.pop_count()
         stop, measure = run.stop_requested(), iteration % args.eval_every == 0 or iteration == args.iterations
         pictures, measured = held_out() if measure else (None, {})
-        run.log(record | measured, pictures, held_out.prompts)
+        run.log(record | measured | answers.record(), pictures, held_out.prompts)
         weights = [p.detach().cpu() for p in lora.parameters]
         run.save(lora=weights, optimizer=optimizer.state_dict(), memory=problem.memory)
         if (measure or stop) and run.first:
