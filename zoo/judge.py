@@ -77,20 +77,20 @@ class Judge(Http):
 
         The process may end before its threads: a second Ctrl-C stops at once.
         """
-        self.errors, slots, done = [], threading.Semaphore(self.at), [futures.Future() for _ in jobs]
+        self.errors, todo, threads = [], iter(jobs), [futures.Future() for _ in jobs[: self.at]]
 
-        def work(key, job, future):
-            with slots:
-                try:
+        def work(thread):
+            try:
+                for key, job in todo:  # which all share
                     if not self.errors:
                         self.answers.write({"key": key, "value": self.score(*job)})
-                except Exception as error:
-                    self.errors.append(error)
-            future.set_result(None)
+            except Exception as error:
+                self.errors.append(error)
+            thread.set_result(None)
 
-        for (key, job), future in zip(jobs, done):
-            threading.Thread(target=work, args=(key, job, future), daemon=True).start()
-        futures.wait(done)
+        for thread in threads:
+            threading.Thread(target=work, args=(thread,), daemon=True).start()
+        futures.wait(threads)
         for error in self.errors:
             raise error
 
@@ -99,9 +99,10 @@ class Judge(Http):
         said = []
         if self.bounds or not self.sampling:
             said = self.ask_model(picture, question, temperature=0, logprobs=True, top_logprobs=20)[:1]
-            if not said[0][1] and not self.bounds:
-                self.say("gives no logprobs", f"each image is asked about {self.samples} times instead")
-                self.sampling, said = True, []
+            if not said[0][1]:
+                instead = f"the share of yes in {self.samples} answers counts"
+                self.say("gives no logprobs", "its ratings are taken as they are" if self.bounds else instead)
+                self.sampling, said = not self.bounds, said if self.bounds else []
         while self.sampling and len(said) < self.samples:  # a service that does not know n gives one
             said += self.ask_model(picture, question, temperature=1, n=self.samples - len(said))
         values = [rating(*one, *self.bounds) if self.bounds else percent_yes(*one) for one in said]
@@ -153,8 +154,8 @@ class Judge(Http):
             raise requests.HTTPError(reason, response=answer)
         refused = [k for k in body if k not in ("model", "messages") and re.search(rf"\b{k}\b", message)]
         if refused and status in (400, 403, 422):  # once more without; but some services give 5 logprobs
-            few = {k: 5 for k in refused if k == "top_logprobs" and body[k] > 5}
-            self.changed |= dict.fromkeys(refused) | few
+            some = refused == ["top_logprobs"] and body["top_logprobs"] > 5
+            self.changed |= {"top_logprobs": 5} if some else dict.fromkeys([*refused, "top_logprobs"])
             raise requests.HTTPError(reason)
         why = {401: "refuses OPENAI_API_KEY", 403: "refuses OPENAI_API_KEY", 404: "knows no such model"}
         why |= dict.fromkeys((400, 413, 415, 422), "does not take the question (can the model see images?)")
