@@ -30,6 +30,7 @@ class Human:
     def __init__(self, branches, groups):
         self.branches, self.groups = branches, groups
         self.answers, self.waiting, self.changed = {}, {}, threading.Condition()
+        self.more = {}  # what else the page is to say, by names that human.html knows
 
     def open(self, folder, interrupted=()):
         """Serve the page for a run, with the answers that its folder has; returns the address.
@@ -87,7 +88,7 @@ class Human:
         """What the page is to show, as JSON, or None while there is nothing to compare."""
         for group, _ in list(self.waiting.values()):
             number, answered = len(self.answers) % self.groups + 1, len(self.answers)
-            return {**group, "number": number, "total": self.groups, "answered": answered}
+            return {**group, "number": number, "total": self.groups, "answered": answered, **self.more}
 
     def answer(self, key, choice):
         """Write an answer down; a group that is not waiting, or no longer, is passed over.
