@@ -117,7 +117,9 @@ class HeldOut:
 
         The first call measures the base model. Gain and change are mean differences to its images from the
         same noise, of the reward and of what is watched. Drift is the root mean square difference in pixels,
-        diversity the mean cosine distance between the embeddings of a prompt's two images.
+        diversity the mean cosine distance between the embeddings of a prompt's two images. A term that was
+        learned from choices has a `choice_error` of the mean change of embeddings, which stands beside the
+        standard errors over prompts.
         """
         images, parts = self.flow.images(self.cond, self.seeds, self.batch), []
         if self.base_images is None:
@@ -135,13 +137,18 @@ class HeldOut:
         R = None if "human" in self.reward.terms else self.reward.combine(values)
         first, second = embeddings.unflatten(0, (-1, 2)).unbind(1)
         values["diversity"] = (1 - (first * second).sum(1)).repeat_interleave(2)
-        self.base = self.base or (R, values)
+        self.base = self.base or (R, values, embeddings)
         if R is not None:
             record |= statistics("held_out", R, prompts) | statistics("gain", R - self.base[0], prompts)
         change = {name: v - self.base[1][name] for name, v in values.items()}
         for key, group in (("watched", values), ("change", change)):
             both = {name: mean_and_error(v, prompts) for name, v in group.items()}
             record[key], record[f"{key}_se"] = ({name: b[i] for name, b in both.items()} for i in (0, 1))
+        terms = self.reward.terms | {name: term for t in self.watched for name, term in t.terms.items()}
+        learned = {name: term for name, term in terms.items() if hasattr(term, "choice_error")}
+        if learned:  # from choices, of whose number their errors tell
+            de = (embeddings - self.base[2]).mean(0)
+            record["change_se_choices"] = {name: term.choice_error(de) for name, term in learned.items()}
         pictures = gather_rows([{"": (255 * images[::2][:48]).round().byte()}])[""]
         return pictures[:48] / 255, record
 
