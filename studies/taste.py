@@ -28,7 +28,7 @@ from train import seeded, split_prompts
 from zoo.human import Human, append_line
 from zoo.taste import LEAST, Taste, clip_facts, fit
 
-KEYS = ("model", "steps", "guidance", "size", "prompts", "seed")  # the same for all choices of a taste
+KEYS = ("model", "steps", "guidance", "size", "prompts")  # the same for all choices of a taste
 AHEAD = 64  # pairs that are drawn ahead, for the next to be chosen among
 
 
@@ -41,7 +41,7 @@ def parse_args():
     add("--prompts", metavar="FILE", help="a prompt a line (default: emoji names)")
     add("--from", dest="source", metavar="RUN", help="learn from what was answered in this run, ask nothing")
     add("--out", default="tastes", help="folder of the tastes (default tastes)")
-    add("--seed", type=number(int, 0, 10**6), help="of the images (default 0)")
+    add("--seed", type=number(int, 0, 10**6), default=0, help="of the images (default 0)")
     add_model_arguments(parser)
     args = parser.parse_args()
     if not re.fullmatch(r"\w[\w.-]{0,99}", args.name, re.ASCII):
@@ -56,7 +56,6 @@ def parse_args():
             if getattr(args, key) not in (None, had):
                 raise UserError(f"{folder} was made with --{key} {had}: choose another --name")
             setattr(args, key, had)
-    args.seed = args.seed or 0
     return args, fill_defaults(args)
 
 
@@ -72,9 +71,9 @@ def import_answers(source, folder):
     if not (new := answers(source)):
         raise UserError(f"{source} has no choices: name a run of --reward human in which some were made")
     (folder / "preferences").mkdir(exist_ok=True)
-    for key in new.keys() - answers(folder).keys():
+    for key in [key for key in new if key not in answers(folder)]:
         picture = Path("preferences", f"{key}.png")
-        write_whole(folder / picture, (Path(source) / picture).read_bytes())
+        write_whole(folder / picture, Path(source, picture).read_bytes())
         append_line(folder / "preferences.jsonl", json.dumps({"key": key, "choice": new[key]}))
 
 
@@ -154,25 +153,20 @@ class Choices:
         """
         if self.taste is None:
             return f"After {LEAST} choices a bar here shows how well they predict each other."
-        text = (
-            f"What it has learned predicts {100 * self.right:.0f} ± {100 * self.error:.0f} % of other choices"
-        )
-        if self.right - 2 * self.error < 0.5:
-            doubt = "or CLIP does not see what you like" if self.clear >= 100 else "go on"
-            return f"{text}: that may be guessing; {doubt}."
-        if d is None:
-            return f"{text}."
-        more = 100 * self.still_to_learn(d)
-        hint = "more would hardly help" if more < 2 else f"more may add up to {more:.0f} %"
-        return f"{text}; {hint}."
+        right, error = round(100 * self.right), round(100 * self.error)
+        hint, more = "", 0 if d is None else round(100 * self.still_to_learn(d))
+        if right - 2 * error < 50:
+            hint = f": that may be guessing{', or not what CLIP sees' if self.clear >= 100 else ''}"
+        elif d is not None:
+            hint = f"; more may add up to {more} %" if more > 1 else "; more would hardly help: you can stop"
+        return f"What it has learned predicts {right} ± {error} % of other choices{hint}."
 
     def draw_extremes(self):
         """Draw the twelve images that the taste likes best, and the twelve that it likes least."""
-        images, e = torch.cat(self.images), torch.cat(self.embeddings)
-        R = (e - self.taste.mean) @ self.taste.weight
+        R = (torch.cat(self.embeddings) - self.taste.mean) @ self.taste.weight
         order = R.argsort(descending=True).tolist()
         rows = list(dict.fromkeys(order[:12] + order[-12:]))
-        picture = grid(images[rows] / 255, [f"{R[i]:+.1f}" for i in rows], 6)
+        picture = grid(torch.cat(self.images)[rows] / 255, [f"{R[i]:+.1f}" for i in rows], 6)
         save_picture(picture, self.folder / "best-and-worst.png")
 
 
@@ -214,25 +208,32 @@ def ask(args, flow, prompts, choices):
 def main():
     args, model = parse_args()
     beside = Path(model.path).parent
-    tiny = beside if (beside / "tiny-clip").is_dir() else None
-    clip, prompts = load_clip(tiny, args.device), split_prompts(args.prompts)[0]
+    clip = load_clip(beside if (beside / "tiny-clip").is_dir() else None, args.device)
+    prompts = split_prompts(args.prompts)[0]
     flow = None if args.source else load_flow(model, args, prompts)
-    args.folder.mkdir(parents=True, exist_ok=True)
-    config = json.dumps({key: getattr(args, key) for key in KEYS}, indent=2)
-    write_whole(args.folder / "config.json", f"{config}\n".encode())
-    if args.source:
-        import_answers(args.source, args.folder)
-    choices = Choices(args.folder, clip, int(args.size.split("x")[0]))
-    choices.fit()
     try:
-        if not args.source:
-            ask(args, flow, prompts, choices)
-    finally:  # after Ctrl-C as well
-        print(f"{len(choices.images)} choices in {args.folder}. {choices.words()}")
-        if choices.taste:
-            choices.draw_extremes()
-            reward = f"taste:{args.name if args.out == 'tastes' else args.folder}"
-            print(f"see {args.folder / 'best-and-worst.png'}; to train: python train.py --reward {reward}")
+        args.folder.mkdir(parents=True, exist_ok=True)
+        config = json.dumps({key: getattr(args, key) for key in KEYS}, indent=2)
+        write_whole(args.folder / "config.json", f"{config}\n".encode())
+        if args.source:
+            import_answers(args.source, args.folder)
+        choices = Choices(args.folder, clip, int(args.size.split("x")[0]))
+        choices.fit()
+        try:
+            if flow:
+                ask(args, flow, prompts, choices)
+        finally:  # after Ctrl-C as well
+            print(f"{len(choices.images)} choices in {args.folder}. {choices.words()}")
+            if choices.taste:
+                choices.draw_extremes()
+                reward = f"taste:{args.name if args.out == 'tastes' else args.folder}"
+                print(
+                    f"see {args.folder / 'best-and-worst.png'}; to train: python train.py --reward {reward}"
+                )
+    except OSError as error:  # a full disk, a file that is gone
+        raise UserError(
+            f"{first_line(error)}; what was chosen is kept: mend this, then start again"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -63,11 +63,11 @@ def fit(d, y, fold):
     precision, and all precisions count by their evidence (MacKay 1992).
     """
     d, y = d.double(), y.double()
-    C = d.T @ d
-    scale, Q = torch.linalg.eigh(C / C.diagonal().mean() + 0.1 * torch.eye(len(C)))
-    root = Q * scale.sqrt()  # w = root u, and u has the prior N(0, 1 / precision)
-    V = torch.linalg.svd(d @ root, full_matrices=False)[2].T  # the choices say nothing of u outside its span
-    z, u, evidence, modes, inverses = d @ root @ V, d.new_zeros(V.shape[1]), [], [], []
+    U, spread, V = torch.linalg.svd(d, full_matrices=False)
+    variance = d.shape[1] * spread**2 / (spread**2).sum().clamp(min=1e-12) + 0.1
+    std = variance.sqrt()  # of w a priori, in the directions V; in all others the variance is 0.1
+    root = V.T * std  # w = root u, and u has the prior N(0, 1 / precision)
+    z, u, evidence, modes, inverses = U * spread * std, torch.zeros_like(spread), [], [], []
     for precision in PRECISIONS:
         u, H = newton(z, y, precision, u)
         likelihood = (y * (z @ u) - F.softplus(z @ u)).sum()
@@ -77,12 +77,12 @@ def fit(d, y, fold):
     share, modes = torch.stack(evidence).softmax(0), torch.stack(modes)
     u = share @ modes
     S = (share[:, None, None] * torch.stack(inverses)).sum(0) + (share * (modes - u).T) @ (modes - u)
-    outside = (share / share.new_tensor(PRECISIONS)).sum() * (torch.eye(len(V)) - V @ V.T)
+    outside = 0.1 * (share / share.new_tensor(PRECISIONS)).sum() * (torch.eye(d.shape[1]) - V.T @ V)
     unseen, precision = torch.zeros_like(y), PRECISIONS[share.argmax()]
     for k in fold.unique():
         rest = fold != k
         unseen[~rest] = z[~rest] @ newton(z[rest], y[rest], precision, torch.zeros_like(u))[0]
-    return root @ V @ u, root @ (V @ S @ V.T + outside) @ root.T, unseen
+    return root @ u, root @ S @ root.T + outside, unseen
 
 
 def load(clip, *options):
