@@ -93,9 +93,10 @@ class Scorer:
 class HeldOut:
     """Measures the model on prompts it is not trained on, two images each, always from the same noise.
 
-    Up to 128 of the last `count` prompts of the flow; every process measures its share of them. A person is
-    not asked here: with `human` in the reward only the watched rewards are measured. embed: images to
-    embeddings of unit length, for diversity. seed: of the noise, an image its own from there on.
+    Up to 128 of the last `count` prompts of the flow; every process measures its share of them. `prompts` are
+    up to 48 of these, from first to last, whose images are shown. A person is not asked here: with `human` in
+    the reward only the watched rewards are measured. embed: images to embeddings of unit length, for
+    diversity. seed: of the noise, an image its own from there on.
     """
 
     def __init__(self, flow, count, reward, watched, embed, batch, seed):
@@ -103,17 +104,20 @@ class HeldOut:
         self.batch, self.base_images, self.base = batch, None, None
         total = len(flow.prompts)
         chosen = torch.linspace(total - count, total - 1, min(count, 128)).round().long()
-        self.prompts = [flow.prompts[i] for i in chosen.tolist()]
+        every = math.ceil(len(chosen) / 48)
+        self.prompts = [flow.prompts[i] for i in chosen[::every].tolist()]
         world = dist.get_world_size() if dist.is_initialized() else 1
         if len(chosen) < world:
             raise UserError(f"{world} processes need at least as many held-out prompts, not {len(chosen)}")
         seeds = seed + torch.arange(2 * len(chosen))
         self.cond = chosen.tensor_split(world)[process_rank()].repeat_interleave(2)
+        shown = (torch.arange(len(chosen)) % every == 0).tensor_split(world)[process_rank()]
+        self.shown = 2 * shown.nonzero()[:, 0]  # the first of a prompt's two images
         self.seeds = seeds.unflatten(0, (-1, 2)).tensor_split(world)[process_rank()].flatten().tolist()
 
     @torch.no_grad()
     def __call__(self):
-        """Returns the first image of up to 48 prompts [P, 3, H, W] and a record of means and standard errors.
+        """Returns the first image of each of `prompts` [P, 3, H, W], and a record of means and their errors.
 
         The first call measures the base model. Gain and change are mean differences to its images from the
         same noise, of the reward and of what is watched. Drift is the root mean square difference in pixels,
@@ -149,8 +153,8 @@ class HeldOut:
         if learned:  # from choices, of whose number their errors tell
             de = (embeddings - self.base[2]).mean(0)
             record["change_se_choices"] = {name: term.choice_error(de) for name, term in learned.items()}
-        pictures = gather_rows([{"": (255 * images[::2][:48]).round().byte()}])[""]
-        return pictures[:48] / 255, record
+        pictures = gather_rows([{"": (255 * images[self.shown]).round().byte()}])[""]
+        return pictures / 255, record
 
 
 def signs_of_hacking(record):
