@@ -104,15 +104,15 @@ class HeldOut:
         self.batch, self.base_images, self.base = batch, None, None
         total = len(flow.prompts)
         chosen = torch.linspace(total - count, total - 1, min(count, 128)).round().long()
-        every = math.ceil(len(chosen) / 48)
-        self.prompts = [flow.prompts[i] for i in chosen[::every].tolist()]
+        shown = torch.linspace(0, len(chosen) - 1, min(len(chosen), 48)).round().long()
+        self.prompts = [flow.prompts[i] for i in chosen[shown].tolist()]
         world = dist.get_world_size() if dist.is_initialized() else 1
         if len(chosen) < world:
             raise UserError(f"{world} processes need at least as many held-out prompts, not {len(chosen)}")
         seeds = seed + torch.arange(2 * len(chosen))
         self.cond = chosen.tensor_split(world)[process_rank()].repeat_interleave(2)
-        shown = (torch.arange(len(chosen)) % every == 0).tensor_split(world)[process_rank()]
-        self.shown = 2 * shown.nonzero()[:, 0]  # the first of a prompt's two images
+        mine = torch.arange(len(chosen)).tensor_split(world)[process_rank()]
+        self.shown = 2 * torch.isin(mine, shown).nonzero()[:, 0]  # the first of a prompt's two images
         self.seeds = seeds.unflatten(0, (-1, 2)).tensor_split(world)[process_rank()].flatten().tolist()
 
     @torch.no_grad()
