@@ -231,10 +231,10 @@ def main():
         stop, measure = run.stop_requested(), iteration % args.eval_every == 0 or iteration == args.iterations
         pictures, measured = held_out() if measure else (None, {})
         run.log(record | measured | answers.record(), pictures, held_out.prompts)
+        if (measure or stop) and run.first:  # first, so that no checkpoint is ahead of it
+            save_lora(lora, run.folder / "lora.safetensors", flow.network_name)
         weights = [p.detach().cpu() for p in lora.parameters]
         run.save(lora=weights, optimizer=optimizer.state_dict(), memory=problem.memory)
-        if (measure or stop) and run.first:
-            save_lora(lora, run.folder / "lora.safetensors", flow.network_name)
         if stop and iteration < args.iterations:
             run.stop()
     run.print_summary()

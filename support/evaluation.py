@@ -79,6 +79,8 @@ class Scorer:
 
     def pop_record(self):
         """What is to be logged of the rewards since the last call, those of all processes."""
+        if not self.seen:
+            raise UserError("the estimator did not ask for the reward of a single image")
         values, self.seen = gather_rows(self.seen), []
         prompts = values.pop("")
         R = self.reward.combine(values)
