@@ -120,6 +120,7 @@ class Service(BaseHTTPRequestHandler):
         if mode == "refusal":
             token, odds = "I", {"I": 0.99, "Yes": 1e-6}
         top = [{"token": k, "logprob": math.log(q), "bytes": list(k.encode())} for k, q in odds.items()]
+        top = top[: body.get("top_logprobs", 0)]
         content = [
             {"token": token, "logprob": math.log(max(odds.values())), "bytes": None, "top_logprobs": top}
         ]
@@ -249,6 +250,15 @@ def test_a_service_that_fails_is_named_in_one_line(server, mode, asked, complain
     assert not any(KEY[i : i + 8] in text for i in range(len(KEY) - 7))
 
 
+def test_a_wrong_address_shows_soon(server, monkeypatch):
+    with Server(("127.0.0.1", 0), Service) as closed:
+        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{closed.server_port}/v1")
+    start = time.monotonic()
+    with pytest.raises(UserError, match="did not answer, 3 times: .*refused"):
+        Reward("judge:fine")(greys(0.2, 0.4), ["", ""])
+    assert 1 < time.monotonic() - start < 5
+
+
 @pytest.mark.parametrize(
     "mode, asked, again, value",
     [
@@ -284,7 +294,7 @@ def tokens(*odds):
     [
         ("8", tokens({"8": 0.5, "7": 0.25, "9": 0.25}), 1, 10, 8),
         ("8", tokens({"8": 0.4, "10": 0.4, "the": 0.2}), 1, 10, 9),
-        ("2", tokens({"2": 0.5, "1": 0.4, "10": 0.1}), 1, 10, 2.4),  # "10" is one token, so "1" is a 1
+        ("9", tokens({"9": 0.5, "1": 0.4, "10": 0.1}), 1, 10, 5.9),  # "10" is one token, so "1" is a 1
         ("10", tokens({"1": 0.8, "9": 0.2}, {"0": 1.0}), 1, 10, 9.8),  # here it is two
         ("9", tokens({"9": 0.5, "1": 0.5}), 1, 10, 9.5),  # the 1 would have become a 10
         ("2", tokens({"2": 0.5, "1": 0.5}), 1, 10, 1.5),

@@ -56,7 +56,7 @@ class Judge(Http):
         scale = SCALE.search(question)
         self.bounds = sorted(map(int, scale.groups())) if scale else None
         self.model, self.question, self.at, self.samples = model, question, at, samples
-        self.answers, self.errors, self.warned = Answers(), None, set()
+        self.answers, self.errors, self.warned, self.reached = Answers(), None, set(), False
         self.changed, self.sampling = {}, False  # what the service turns out not to take, and not to give
 
     def __call__(self, images, prompts):
@@ -126,7 +126,7 @@ class Judge(Http):
                 reason, wait = self.shown(error), seconds(getattr(error, "response", None))
             finally:
                 self.answers.write({"tokens": tokens})
-            if self.errors or attempt == self.attempts:
+            if self.errors or attempt == (self.attempts if self.reached else 3):  # a wrong address shows soon
                 raise self.failure(f"did not answer, {attempt} times: {reason}")
             # by chance, so that not all ask again at the same time
             time.sleep(min(60, wait or self.pause * 2**attempt * random.uniform(0.25, 0.5)))
@@ -139,7 +139,7 @@ class Judge(Http):
             if self.key:
                 options["headers"] = {"Authorization": f"Bearer {self.key}"}
             with session.post(self.url, json=body, **options) as answer:
-                data = b""
+                self.reached, data = True, b""
                 for part in answer.iter_content(65536):
                     data += part
                     if len(data) > self.most:
@@ -154,8 +154,9 @@ class Judge(Http):
             raise requests.HTTPError(reason, response=answer)
         refused = [k for k in body if k not in ("model", "messages") and re.search(rf"\b{k}\b", message)]
         if refused and status in (400, 403, 422):  # once more without; but some services give 5 logprobs
+            refused += ["top_logprobs"] if "logprobs" in refused else []
             some = refused == ["top_logprobs"] and body["top_logprobs"] > 5
-            self.changed |= {"top_logprobs": 5} if some else dict.fromkeys([*refused, "top_logprobs"])
+            self.changed |= {"top_logprobs": 5} if some else dict.fromkeys(refused)
             raise requests.HTTPError(reason)
         why = {401: "refuses OPENAI_API_KEY", 403: "refuses OPENAI_API_KEY", 404: "knows no such model"}
         why |= dict.fromkeys((400, 413, 415, 422), "does not take the question (can the model see images?)")
@@ -188,7 +189,7 @@ class Judge(Http):
 
     def shown(self, text):
         """The beginning of a text or an error without the key, to be shown."""
-        text = " ".join(str(text).replace("\\/", "/").split())
+        text = " ".join(str(text).replace("\\/", "/").split()).rpartition("Caused by ")[2]
         return first_line(text.replace(self.key, "***") if len(self.key) > 7 else text)[:160]
 
     def say(self, what, text):
