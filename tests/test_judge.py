@@ -30,13 +30,14 @@ from tokenizers import pre_tokenizers
 
 from rewards import Reward
 from support.errors import UserError
-from support.pictures import to_pil
+from support.pictures import png, to_pil
 from zoo.judge import percent_yes, rating
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-Example/0123456789abcdef"
 PAGE = "<!DOCTYPE html>\n<html><body>Welcome</body></html>"
 QUOTA = '{"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}'
+PIXEL = f"data:image/png;base64,{png(torch.zeros(3, 1, 1))}"
 
 
 def error(text):
@@ -482,7 +483,23 @@ def test_processes_share_the_limit_and_the_answers(server, start, tmp_path):
     assert len(server.asked) - asked <= 4
 
 
-# ---- a real server
+# ---- the real API
+
+
+@pytest.mark.ci
+def test_the_service_of_these_tests_answers_as_the_official_package_reads(server):
+    """Which pip install "transformers[serving]" brings along."""
+    from openai.types.chat import ChatCompletion
+
+    talk = [
+        {"role": "user", "content": [{"image_url": {"url": PIXEL}}, {"type": "text", "text": "Is it red?"}]}
+    ]
+    for mode, fields in (("fine", {"logprobs": True, "top_logprobs": 3}), ("silent", {"n": 2})):
+        url = f"http://127.0.0.1:{server.server_port}/v1/chat/completions"
+        answer = requests.post(url, json={"model": mode, "messages": talk, **fields}, timeout=10).json()
+        read = ChatCompletion.model_validate(answer, strict=True)
+        assert len(read.choices) == fields.get("n", 1) and read.usage.total_tokens == 100
+        assert mode == "silent" or len(read.choices[0].logprobs.content[0].top_logprobs) == 3
 
 
 def save_llava(folder, answers, scale=0.3):
