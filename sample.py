@@ -34,7 +34,7 @@ def parse_args():
         parser.error("give a --prompt or a file of --prompts")
     if args.compare and not args.lora:
         parser.error("--compare needs --lora")
-    if args.lora and Path(args.lora, "config.json").is_file():
+    if args.lora and any(Path(args.lora, name).exists() for name in ("config.json", "metrics.jsonl")):
         keys = ("model", "steps", "guidance", "size")
         saved = parser.parse_args(read_config(args.lora, keys))
         for key in keys:

@@ -1,5 +1,6 @@
 """LoRA files in the format of diffusers, and which layers to put a LoRA around."""
 
+import hashlib
 import json
 import math
 import re
@@ -46,7 +47,7 @@ def layers_named(network, which):
 
 
 def save_lora(lora, path, network_name):
-    """Write what `pipe.load_lora_weights` reads; the scale is folded into B, so alpha equals the rank.
+    """Write what `pipe.load_lora_weights` reads, and a checksum; the scale is in B, so alpha is the rank.
 
     network_name: the pipeline's name for the network, "transformer" or "unet".
     """
@@ -54,7 +55,12 @@ def save_lora(lora, path, network_name):
     for name, layer in lora.layers.items():
         tensors[f"{network_name}.{name}.lora_A.weight"] = layer.A.detach().cpu()
         tensors[f"{network_name}.{name}.lora_B.weight"] = (layer.scale * layer.B).detach().cpu()
-    write_whole(Path(path), save(tensors, {"format": "pt"}))
+    write_whole(Path(path), save(tensors, {"sha256": checksum(tensors)}))
+
+
+def checksum(tensors):
+    """SHA-256 of tensors {name: tensor}, as a file that has nothing else."""
+    return hashlib.sha256(save(tensors)).hexdigest()
 
 
 def load_lora(flow, path):
@@ -69,7 +75,10 @@ def load_lora(flow, path):
     try:
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-            metadata = dict(json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}")))
+            about = file.metadata() or {}
+        if about.get("sha256", checksum(tensors)) != checksum(tensors):
+            raise ValueError("it is damaged, its checksum is wrong")
+        metadata = dict(json.loads(about.get("lora_adapter_metadata", "{}")))
     except FileNotFoundError as error:
         raise UserError(f"no LoRA at {path}") from error
     except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:

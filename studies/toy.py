@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from fdflow import LoRA, Problem, central_difference, fdfo, sample, spsa
+from support.commands import Parser
+from support.errors import run_command
 
 TIMES = torch.linspace(1, 0, 9).tolist()
 LAYERS = ["net.0", "net.2", "net.4", "net.6"]
@@ -90,6 +92,7 @@ def cosines(problem):
 def main():
     from matplotlib import pyplot as plt
 
+    Parser(description=__doc__).parse_args()
     torch.set_num_threads(1)  # networks this small only lose by more
     velocity = train_base()
     lora = LoRA(velocity, LAYERS, rank=4)
@@ -119,4 +122,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

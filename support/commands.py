@@ -4,7 +4,6 @@ import argparse
 import inspect
 import re
 import sys
-from pathlib import Path
 
 from support.errors import UserError, first_line
 
@@ -32,7 +31,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low=-float("inf"), high=float("inf")):
-    """An argparse type: a finite int or float within [low, high], of at most 20 characters."""
+    """An argparse type: a finite int or float within [low, high], of at most 20 characters; ints to 10^9."""
+    high = min(high, 10**9) if kind is int else high
 
     def parse(text):
         if not re.fullmatch(r"[-+0-9.eE]{1,20}", text):
@@ -56,12 +56,15 @@ def size(text):
 def read_prompts(path):
     """The non-empty lines of a text file. UserError if there are none, or one is over 2,000 characters."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        with open(path, encoding="utf-8") as file:
+            text = file.read(10**7)  # /dev/zero has no end
     except FileNotFoundError as error:
         raise UserError(f"no prompt file {path}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a text file of prompts: {first_line(error)}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    if len(text) == 10**7:
+        raise UserError(f"{path} is not a text file of prompts: it has over 10 million characters")
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise UserError(f"the prompt file {path} is empty; it needs one prompt a line")
     if len(longest := max(prompts, key=len)) > 2000:
@@ -70,8 +73,20 @@ def read_prompts(path):
 
 
 def options_of(estimator):
-    """The options of an estimator, its arguments after the first four: {name: inspect.Parameter}."""
-    return dict(list(inspect.signature(estimator).parameters.items())[4:])
+    """The options of an estimator, its arguments after the first four: {name: inspect.Parameter}.
+
+    UserError if it does not take those four, or an option has no default, of a kind that can be written.
+    """
+    try:
+        parameters = list(inspect.signature(estimator).parameters.items())
+    except (TypeError, ValueError):  # of some functions that are not Python
+        parameters = []
+    for name, parameter in parameters[4:]:
+        if not isinstance(parameter.default, bool | int | float | str | None):
+            raise UserError(f"option {name} of an estimator must have a number, a text or None as default")
+    if len(parameters) < 4:
+        raise UserError("an estimator must take (problem, eps, cond, generator), then its options")
+    return dict(parameters[4:])
 
 
 def add_estimator_arguments(parser, name, estimator):

@@ -24,19 +24,30 @@ def why_unreachable(path, error):
     return f"cannot reach model {path}: check its name and the network"
 
 
+def out_of_memory(error):
+    """Whether an error says that there is no memory left; for that of the CPU torch has no class."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def run_command(main):
     """Run a command and turn its errors into lines and exit codes."""
     try:
         main()
     except UserError as error:
         message = str(error)
-    except torch.OutOfMemoryError:
-        message = "out of GPU memory: lower --batch or --size or add --checkpointing, then --resume"
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        gpu = "GPU " * isinstance(error, torch.OutOfMemoryError)
+        message = (
+            f"out of {gpu}memory: lower --batch, --size or --rank, or add --checkpointing, then --resume"
+        )
     except OSError as error:  # a full disk, a folder that is gone
         message = f"{first_line(error)}; what was saved before is whole: mend this, then go on with --resume"
     except KeyboardInterrupt:
         sys.exit(130)
     else:
         return
+    message = "".join(c if c.isprintable() else " " for c in message)  # one line at most
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)

@@ -26,13 +26,22 @@ def write_whole(path, data):
     part.replace(path)
 
 
+def checksum(content):
+    """SHA-256 of bytes, or of what is to become JSON."""
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return hashlib.sha256(data).hexdigest()
+
+
 def read_config(folder, keys=None):
     """The arguments, all or those named, that a run was started with: ["--key=value", ...]."""
+    path = Path(folder, "config.json")
     try:
-        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8")).items()
-    except (OSError, ValueError, AttributeError) as error:
+        config = dict(json.loads(path.read_text(encoding="utf-8")).items())
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder} is not the folder of a run: {first_line(error)}") from error
-    flags = [(f"--{k.replace('_', '-')}", v) for k, v in config if keys is None or k in keys]
+    if config.pop("checksum", None) not in (None, checksum(config)):
+        raise UserError(f"{path} was damaged or changed, by its checksum: undo that, or start a new run")
+    flags = [(f"--{k.replace('_', '-')}", v) for k, v in config.items() if keys is None or k in keys]
     return [flag if v is True else f"{flag}={v}" for flag, v in flags if v not in (None, False)]
 
 
@@ -40,7 +49,7 @@ def read_metrics(folder):
     """The records of a run. A line that was cut short by a crash is passed over."""
     records, path = [], Path(folder, "metrics.jsonl")
     for line in path.read_bytes().splitlines() if path.exists() else []:
-        with suppress(ValueError, KeyError, TypeError):
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
             records += [json.loads(line)] if json.loads(line)["iteration"] >= 0 else []
     return records
 
@@ -81,6 +90,7 @@ class Run:
     def write_metrics(self, folder):
         """Write the configuration, and the records so far."""
         config = {key: value for key, value in vars(self.args).items() if key != "resume"}
+        config["checksum"] = checksum(config)
         write_whole(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         lines = "".join(json.dumps(record) + "\n" for record in self.records)
         write_whole(folder / "metrics.jsonl", lines.encode())
@@ -91,15 +101,15 @@ class Run:
         A damaged one, by its checksum or its contents, is passed over for the one before, and that is said.
         UserError if none is left.
         """
-        records, done, damaged = read_metrics(self.folder), 0, False
+        records, done, damaged, known = read_metrics(self.folder), 0, False, None
         for path in (self.folder / "state.pt", self.folder / "state.previous.pt"):
             try:
-                checksum, data = path.read_bytes().split(b"\n", 1)
-                if hashlib.sha256(data).hexdigest().encode() != checksum:
+                first, data = path.read_bytes().split(b"\n", 1)
+                if checksum(data).encode() != first:
                     raise ValueError("its checksum is wrong")
                 state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
                 restore(state)
-                done = state["iteration"]
+                done, known = int(state["iteration"]), state.get("records")
                 break
             except FileNotFoundError:
                 continue
@@ -108,6 +118,7 @@ class Run:
                 tqdm.write(f"{path} is damaged ({first_line(error)}): going back to the checkpoint before it")
         self.records = [record for record in records if record["iteration"] <= done]
         complete = [record["iteration"] for record in self.records] == list(range(done + 1))
+        complete = complete and known in (None, checksum(self.records))
         if not complete or (damaged and not done):
             raise UserError(f"{self.folder} cannot be resumed, its files are damaged: start a new run")
         if self.first:
@@ -144,10 +155,11 @@ class Run:
         """Write a checkpoint of tensors and numbers, after the last record; the one before stays."""
         if self.first:
             file, path = io.BytesIO(), self.folder / "state.pt"
-            torch.save(state | {"iteration": self.records[-1]["iteration"]}, file)
+            state |= {"iteration": self.records[-1]["iteration"], "records": checksum(self.records)}
+            torch.save(state, file)
             if path.exists():
                 path.replace(self.folder / "state.previous.pt")
-            write_whole(path, hashlib.sha256(file.getvalue()).hexdigest().encode() + b"\n" + file.getvalue())
+            write_whole(path, checksum(file.getvalue()).encode() + b"\n" + file.getvalue())
 
     def stop_requested(self):
         """Whether Ctrl-C was pressed in any of the processes."""

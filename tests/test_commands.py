@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,6 +126,47 @@ def test_killed_and_resumed_gives_the_same_numbers(whole, tmp_path):
         for key in ("reward", "grad_norm", "drift", "gain", "images", "evaluations"):
             if key in one:  # in batches of another size, float32 sums in another order
                 assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-5), key
+
+
+@pytest.mark.parametrize(
+    "file, old, new, complaint",
+    [
+        ("config.json", b'"lr": 0.002', b'"lr": 0.003', "config.json was damaged or changed"),
+        ("metrics.jsonl", b'"images": 32', b'"images": 33', "cannot be resumed, its files are damaged"),
+    ],
+)
+def test_a_changed_run_is_not_resumed(file, old, new, complaint, whole, tmp_path, monkeypatch, capsys):
+    shutil.copytree(whole[0].parent, tmp_path / "runs")
+    path = tmp_path / "runs" / whole[0].name / file
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--name", whole[0].name, "--resume"])
+    with pytest.raises(SystemExit) as stop:
+        run_command(train.main)
+    assert stop.value.code == 2 and complaint in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_damaged_lora_is_refused(whole, tmp_path, monkeypatch, capsys):
+    data = bytearray((whole[0] / "lora.safetensors").read_bytes())
+    data[-2] ^= 1  # of a number, which stays finite
+    (tmp_path / "damaged.safetensors").write_bytes(data)
+    monkeypatch.setattr(
+        sys, "argv", ["sample.py", "--prompt", "sun", "--lora", str(tmp_path / "damaged.safetensors")]
+    )
+    with pytest.raises(SystemExit) as stop:
+        run_command(sample.main)
+    assert stop.value.code == 2 and "its checksum is wrong" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_memory_that_is_not_there_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: torch.empty(2**60))  # more than any machine can address
+    assert stop.value.code == 2 and "train.py: out of memory: lower --batch" in capsys.readouterr().err
+    with pytest.raises(RuntimeError):  # a mistake of ours stays one
+        run_command(lambda: torch.ones(2) @ torch.ones(3))
 
 
 def test_interrupted_run_saves_and_exits_130(tmp_path):
@@ -257,6 +299,8 @@ BAD = {
     "--estimator missing.py:f": "there is no file missing.py",
     "--estimator lazy.py:f --iterations 1": "must add to every .grad",
     "--estimator lazy.py:g --iterations 1": "lazy.py:g raised KeyError",
+    "--estimator lazy.py:two": "must take (problem, eps, cond, generator), then its options",
+    "--estimator lazy.py:rest": "option more of an estimator must have a number, a text or None as default",
     "--estimator lazy.py:lr": "conflicting option string: --lr of train.py",
     "--h 0.5": "--estimator fdfo takes --branches, --churn",
     "--estimator spsa --churn 0.5": "--estimator spsa takes --h, --directions",
@@ -268,6 +312,7 @@ BAD = {
     "--prompts missing.txt": "no prompt file missing.txt",
     "--prompts empty.txt": "empty.txt is empty",
     "--prompts picture.bin": "picture.bin is not a text file",
+    "--prompts /dev/zero": "over 10 million characters",
     "--prompts long.txt": "a prompt of 2999 characters",
     "--reward -jpeg_size": "--reward=-jpeg_size",
     "--iterations 0": "0 is not between 1 and",
@@ -284,6 +329,8 @@ BAD = {
     "--name taken": "choose another --name",
     "--name ../escape": "--name ../escape",
     f"--name {'a' * 300}": "at most 100 letters",
+    "--name two\nlines": "--name two lines: at most 100",
+    "--rank 99999999999": "99999999999 is not between 1 and 1000000000",
     "--resume": "--name",
     "--name missing --resume": "missing is not the folder of a run",
     "--name taken --resume --lr 0.1": "--lr 0.0005",
@@ -309,6 +356,8 @@ def test_bad_arguments_end_in_one_line(flags, tmp_path, monkeypatch, capsys):
         "def f(problem, eps, cond, generator):\n    return 0\n"
         "def g(problem, eps, cond, generator):\n    raise KeyError('no luck')\n"
         "def lr(problem, eps, cond, generator, lr: float = 1.0):\n    return 0\n"
+        "def two(problem, eps):\n    return 0\n"
+        "def rest(problem, eps, cond, generator, *more):\n    return 0\n"
     )
     (tmp_path / "picture.bin").write_bytes(b"\x89PNG\xff\xfe\x00")
     (tmp_path / "empty").mkdir()
@@ -321,7 +370,7 @@ def test_bad_arguments_end_in_one_line(flags, tmp_path, monkeypatch, capsys):
     # in this process, since a new one takes seconds to import torch; two of them in real processes follow
     monkeypatch.chdir(tmp_path)
     few = [] if "--prompts" in flags or "--resume" in flags else ["--prompts", "two.txt"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split(), *few])
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split(" "), *few])
     with pytest.raises(SystemExit) as stop:
         run_command(train.main)
     out, err = capsys.readouterr()
