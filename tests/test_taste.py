@@ -35,7 +35,7 @@ from support.commands import read_prompts
 from support.errors import UserError
 from support.evaluation import HeldOut
 from zoo.human import Human
-from zoo.taste import LEAST, fit, newton
+from zoo.taste import LEAST, PRECISIONS, fit, newton
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--steps", "1", "--batch", "8", "--name", "mine"]
@@ -60,6 +60,27 @@ def test_newton_finds_the_mode_of_autograd():
     assert slope.abs().max() < 1e-8
     curvature = torch.autograd.functional.hessian(minus_log_posterior, u)
     torch.testing.assert_close(H, curvature, rtol=1e-5, atol=1e-5)  # that of a step of under 1e-6 before
+
+
+def test_the_fit_is_the_posterior_on_a_grid():
+    """Mean and covariance of w in two dimensions, all precisions counted, summed over 1,000 x 1,000 values.
+
+    24 choices, 8 of them without preference. Laplace's approximation has errors a tenth too small here.
+    """
+    d, y = choices_of(torch.tensor([0.3, -0.5]).double(), 24, torch.Generator().manual_seed(0))
+    y[:8] = 0.5
+    found, covariance, _ = fit(d, y, torch.arange(24) % 10)
+    w = torch.cartesian_prod(*[torch.linspace(-6, 6, 1000).double()] * 2)
+    C = d.T @ d
+    C = C / C.diagonal().mean() + 0.1 * torch.eye(2)
+    squares = ((w @ C.inverse()) * w).sum(1)
+    prior = sum(precision * torch.exp(-precision / 2 * squares) for precision in PRECISIONS)
+    p = prior * torch.exp((y * (w @ d.T) - F.softplus(w @ d.T)).sum(1))
+    p = p / p.sum()
+    mean, error = p @ w, covariance.diagonal().sqrt()
+    assert ((found - mean) / error).abs().max() < 0.1
+    exact = (p * (w - mean).T) @ (w - mean)
+    assert ((exact - covariance) / error.outer(error)).abs().max() < 0.2
 
 
 def test_the_stated_error_is_that_of_the_logit():
