@@ -42,7 +42,8 @@ def read_config(folder, keys=None):
     if config.pop("checksum", None) not in (None, checksum(config)):
         raise UserError(f"{path} was damaged or changed, by its checksum: undo that, or start a new run")
     flags = [(f"--{k.replace('_', '-')}", v) for k, v in config.items() if keys is None or k in keys]
-    return [flag if v is True else f"{flag}={v}" for flag, v in flags if v not in (None, False)]
+    # 0 is one of the values, though it equals False
+    return [flag if v is True else f"{flag}={v}" for flag, v in flags if v is not None and v is not False]
 
 
 def read_metrics(folder):

@@ -27,6 +27,7 @@ import sample
 import train
 import zoo.http
 from support.errors import run_command
+from support.run import read_config
 from support.evaluation import mean_and_error, signs_of_hacking
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,6 +147,11 @@ def test_a_changed_run_is_not_resumed(file, old, new, complaint, whole, tmp_path
     with pytest.raises(SystemExit) as stop:
         run_command(train.main)
     assert stop.value.code == 2 and complaint in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_zero_is_resumed_as_a_zero(tmp_path):
+    (tmp_path / "config.json").write_text('{"kl": 0.0, "seed": 0, "compile": false, "prompts": null}')
+    assert read_config(tmp_path) == ["--kl=0.0", "--seed=0"]
 
 
 def test_a_damaged_lora_is_refused(whole, tmp_path, monkeypatch, capsys):

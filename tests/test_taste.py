@@ -380,7 +380,8 @@ def test_killed_at_random_moments_nothing_is_lost(tmp_path):
 @pytest.mark.ci
 def test_a_person_teaches_a_taste_in_a_browser_and_trains_with_it(tmp_path):
     """Choices by keyboard and mouse; page and study are closed and opened again; then it is trained for."""
-    sync_playwright = pytest.importorskip("playwright.sync_api").sync_playwright
+    from playwright.sync_api import sync_playwright
+
     command = ["-m", "studies.taste", *SMALL, "--choices", "14"]
     run, url = start(*command, cwd=tmp_path)
     screenshots = Path(os.environ.get("SCREENSHOTS", tmp_path))
