@@ -39,7 +39,7 @@ ESTIMATORS = {"fdfo": fdfo, "spsa": spsa, "central": central_difference}
 # what suits an estimator where the command line is silent; the model says the rest
 SUITS = {
     "spsa": {"iterations": 20, "pairs": 128, "layers": "last", "rank": 1, "lr": 0.01},
-    "central": {"iterations": 30, "pairs": 2, "layers": "last", "rank": 1, "lr": 0.02},
+    "central": {"iterations": 30, "pairs": 2, "layers": "last", "rank": 1, "lr": 0.004},
 }
 # what may differ between a run and its resumption
 MAY_CHANGE = ("iterations", "out", "name", "resume", "device", "batch", "compile", "checkpointing")
@@ -65,7 +65,7 @@ def make_parser(estimator):
     add("--rollout-steps", type=whole, help="sampling steps in training alone (default: the model's)")
     add("--seed", type=number(int, 0, 10**6), default=0, help="of everything random (default 0)")
     add("--pairs", type=whole, help="noises, groups, of an iteration (default: fdfo 32, spsa 128, central 2)")
-    add("--lr", type=number(float, 0, 1), help="of AdamW (default: the model's; spsa 0.01, central 0.02)")
+    add("--lr", type=number(float, 0, 1), help="of AdamW, central: SGD (default: the model's; spsa 0.01, central 0.004)")
     add("--rank", type=whole, help="of the LoRA (default: the model's; spsa and central 1)")
     add("--layers", help="with a LoRA: attention, modulation, all, last or names (default: the model's)")
     add("--name", help="of the run (default: made from the reward)")
@@ -186,6 +186,8 @@ def main():
     flow.scale_gradients(lora)
     fused = args.device.startswith("cuda") or None
     optimizer = torch.optim.AdamW(lora.parameters, args.lr, weight_decay=1e-4, fused=fused)
+    if args.estimator == "central":  # Adam would move all of a block's coordinates alike, however steep
+        optimizer = torch.optim.SGD(lora.parameters, args.lr)
     step = partial(optimizer_step, optimizer, lora.parameters)
     velocity, scorer = Counted(flow.velocity), Scorer(flow, reward)
     problem = Problem(velocity, scorer, lora, flow.train_times, args.batch, step)

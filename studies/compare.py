@@ -34,7 +34,7 @@ OTHERS = {
     "reward gradient": f"{BASELINE}reward_gradient --pairs 64 --train-steps 2 {SHORT} --lr 0.0002",
     "backprop": f"{BASELINE}backprop --pairs 64 {SHORT} --lr 0.0002",
     "spsa": "--estimator spsa --iterations 24 --eval-every 6 --lr 0.003",
-    "central": "--estimator central --iterations 48 --eval-every 12 --lr 0.02",
+    "central": "--estimator central --iterations 48 --eval-every 12",
 }
 SENSITIVITY = {
     "lr": {x: f"{FDFO} {SHORT} --lr {x}" for x in (0.00025, 0.0005, 0.001, 0.002, 0.004)},

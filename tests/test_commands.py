@@ -27,8 +27,8 @@ import sample
 import train
 import zoo.http
 from support.errors import run_command
-from support.run import read_config
 from support.evaluation import mean_and_error, signs_of_hacking
+from support.run import read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--reward", "colorfulness", "--pairs", "8", "--steps", "2", "--lr", "2e-3", "--eval-every", "4"]
