@@ -539,18 +539,19 @@ def main():
     if n:
         return print(*trial(args.seed, kinds[0], int(n)), *SAID, sep="\n")
     counts, spent, outcomes, start = Counter(), Counter(), defaultdict(Counter), time.time()
-    while kinds:
-        kind = min(kinds, key=lambda kind: counts[kind] if args.trials else spent[kind] / KINDS[kind])
-        began = time.time()
-        if counts[kind] == args.trials or not args.trials and began - start > 60 * args.minutes:
-            break
-        wrong, what, *more = trial(args.seed, kind, counts[kind])
-        outcomes[kind]["FAILED" if wrong else what] += 1
-        if wrong:
-            again = f"python -m tests.campaign --seed {args.seed} --only {kind.__name__}:{counts[kind]}"
-            print(f"FAILED {again}", what, *more, wrong, sep="\n    ", flush=True)
-        counts[kind] += 1
-        spent[kind] += time.time() - began
+    with suppress(KeyboardInterrupt):  # which may end it early
+        while kinds:
+            kind = min(kinds, key=lambda kind: counts[kind] if args.trials else spent[kind] / KINDS[kind])
+            began = time.time()
+            if counts[kind] == args.trials or not args.trials and began - start > 60 * args.minutes:
+                break
+            wrong, what, *more = trial(args.seed, kind, counts[kind])
+            outcomes[kind]["FAILED" if wrong else what] += 1
+            if wrong:
+                again = f"python -m tests.campaign --seed {args.seed} --only {kind.__name__}:{counts[kind]}"
+                print(f"FAILED {again}", what, *more, wrong, sep="\n    ", flush=True)
+            counts[kind] += 1
+            spent[kind] += time.time() - began
     for kind in kinds:
         print(f"{kind.__name__}: {counts[kind]} trials, {spent[kind]:.0f} s")
         print(*(f"{count:8} {what}" for what, count in outcomes[kind].most_common()), sep="\n")
