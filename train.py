@@ -65,7 +65,7 @@ def make_parser(estimator):
     add("--rollout-steps", type=whole, help="sampling steps in training alone (default: the model's)")
     add("--seed", type=number(int, 0, 10**6), default=0, help="of everything random (default 0)")
     add("--pairs", type=whole, help="noises, groups, of an iteration (default: fdfo 32, spsa 128, central 2)")
-    add("--lr", type=number(float, 0, 1), help="learning rate (default: the model's; spsa 0.01, central 0.004)")
+    add("--lr", type=number(float, 0, 1), help="step size (default: the model's; spsa 0.01, central 0.004)")
     add("--rank", type=whole, help="of the LoRA (default: the model's; spsa and central 1)")
     add("--layers", help="with a LoRA: attention, modulation, all, last or names (default: the model's)")
     add("--name", help="of the run (default: made from the reward)")
