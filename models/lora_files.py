@@ -104,8 +104,9 @@ def matrices_and_scales(flow, tensors, metadata):
             raise ValueError(f"{known[0] if known else 'does not fit this model'} ({key})")
         if tensor.ndim == 4:
             raise ValueError(f"adapts convolutions, which is not supported ({key})")
-        if not tensor.float().isfinite().all():
-            raise ValueError(f"is damaged: {key} has numbers that are not finite")
+        whole = match[2] != "alpha" and not tensor.is_floating_point()
+        if whole or not tensor.float().isfinite().all():
+            raise ValueError(f"is damaged: {key} has numbers that are not finite floats")
         parts.setdefault(match[1], {})[match[2]] = tensor
     config = {key.removeprefix(start): value for key, value in metadata.items() if key.startswith(start)}
     usual = {"init_lora_weights": (True, "gaussian", "eva", "orthogonal")}  # others change the base model

@@ -516,12 +516,11 @@ def warm_up():
     """Train once in this process, so that its forks have everything imported; then it is as before."""
     tqdm.monitor_interval = 0  # no threads, which a fork would lack
     torch.set_num_threads(1)
-    handler = signal.getsignal(signal.SIGINT)
     with chdir(new_folder(random.Random(0))), open("said", "w") as said:
         with redirect_stdout(said), redirect_stderr(said):
             with mock.patch.object(sys, "argv", ["train.py", *RUN, "1"]):
                 train.main()
-    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.collect()
     gc.freeze()  # what no fork goes through stays shared
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save
 
 import sample
 import train
@@ -154,16 +154,19 @@ def test_a_zero_is_resumed_as_a_zero(tmp_path):
     assert read_config(tmp_path) == ["--kl=0.0", "--seed=0"]
 
 
-def test_a_damaged_lora_is_refused(whole, tmp_path, monkeypatch, capsys):
-    data = bytearray((whole[0] / "lora.safetensors").read_bytes())
+@pytest.mark.parametrize(
+    "damage, complaint", [("bit", "its checksum is wrong"), ("type", "not finite floats")]
+)
+def test_a_damaged_lora_is_refused(damage, complaint, whole, tmp_path, monkeypatch, capsys):
+    data, path = bytearray((whole[0] / "lora.safetensors").read_bytes()), tmp_path / "damaged.safetensors"
     data[-2] ^= 1  # of a number, which stays finite
-    (tmp_path / "damaged.safetensors").write_bytes(data)
-    monkeypatch.setattr(
-        sys, "argv", ["sample.py", "--prompt", "sun", "--lora", str(tmp_path / "damaged.safetensors")]
-    )
+    if damage == "type":  # and no checksum, as in files of other programs
+        data = save({key: tensor.to(torch.int8) for key, tensor in load(bytes(data)).items()})
+    path.write_bytes(data)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--prompt", "sun", "--lora", str(path)])
     with pytest.raises(SystemExit) as stop:
         run_command(sample.main)
-    assert stop.value.code == 2 and "its checksum is wrong" in capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and complaint in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_memory_that_is_not_there_is_one_line(monkeypatch, capsys):
