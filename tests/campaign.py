@@ -492,8 +492,10 @@ def line(rng, folder):
             good = records > 1 or "human" in text or path.endswith(".part") and code == 130
         elif command == "train":
             good = "--resume" in args and path.startswith("most/runs/old/") and code != 2
+        elif command == "sample":
+            good = code == 0 and ("--out" in text or path == "most/sample.png")
         else:
-            good = code == 0 and (path == "most/toy.png" or "--out" in text or path == "most/sample.png")
+            good = path not in before and code != 2
         wrong = wrong or ("" if good else f"{path} was changed, or came")
     return wrong, f"{command}: {code}", repr([command, *args])[:700]
 
