@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import fdflow
-from models.table import load_pipeline, read_index, text_encoders
+from models.table import check_device, load_pipeline, read_index, text_encoders
 from support.errors import UserError, first_line
 
 CHUNK = 64  # texts encoded at a time
@@ -31,10 +31,7 @@ def load_flow(model, args, prompts, cache=None):
     args: what `fill_defaults` filled in. cache: a folder for embeddings of more than 1 GB: all processes of a
     machine then share one copy, and the next run finds them there.
     """
-    try:
-        torch.zeros(1, device=args.device).cpu()
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device}: {first_line(error)}") from error
+    check_device(args.device)
     pipe = load_pipeline(model, getattr(torch, args.dtype))
     flow = FAMILIES[type(pipe).__name__](pipe, args, model.tokens)
     flow.encode(prompts, model, cache)

@@ -100,6 +100,14 @@ def fill_defaults(args):
     return model
 
 
+def check_device(device):
+    """UserError if tensors cannot go to a device and come back."""
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {first_line(error)}") from error
+
+
 def find_model(name):
     """The Model for an alias, a hub id or a local folder; UserError if it is none of them."""
     if name in MODELS:

@@ -17,7 +17,7 @@ import fdflow
 from fdflow import LoRA, Problem, fdfo
 from models.flows import FAMILIES
 from models.lora_files import layers_named
-from models.table import add_model_arguments, fill_defaults
+from models.table import add_model_arguments, check_device, fill_defaults
 from studies.architectures import ARCHITECTURES, VARIANTS, build
 from studies.fake_gpu import fake_gpu
 from studies.profiler import Profiler
@@ -67,6 +67,8 @@ def main():
     if args.model not in known:
         raise UserError(f"--model {args.model}: known here are {', '.join(known)}")
     model = fill_defaults(args)
+    if not args.estimate:
+        check_device(args.device)
     args.pairs = args.pairs or max(1, args.batch // args.branches)
     print(f"{args.model}, {args.size} px, {args.steps} steps, {args.pairs} noises, {args.dtype}")
     counted = measure(args, model, "cuda", fake=True)

@@ -446,6 +446,8 @@ def draw_line(rng):
             args, estimator = [*args[:-1], "--estimator", "est.py:f"], "fdfo"
         if rng.random() < 0.3:
             args += [f"--{rng.choice(['reward', 'reward', 'reward', 'watch'])}={hostile.expression(rng)}"]
+    elif command == "bench" and rng.random() < 0.5:
+        args.remove("--estimate")
     elif command == "sample" and rng.random() < 0.5:
         args += ["--lora", "runs/old"]
     for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):

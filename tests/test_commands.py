@@ -26,6 +26,7 @@ from safetensors.torch import load, load_file, save
 import sample
 import train
 import zoo.http
+from studies import bench, toy
 from support.errors import run_command
 from support.evaluation import mean_and_error, signs_of_hacking
 from support.run import read_config
@@ -414,6 +415,17 @@ def test_bad_sample_arguments_end_in_one_line(flags, complaint, tmp_path, monkey
         run_command(sample.main)
     assert stop.value.code == 2 and complaint in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_studies_name_what_they_cannot_take(monkeypatch, capsys):
+    for study, flags, complaint in [
+        (bench, "--smoke --device meta", "--device meta"),
+        (toy, "--x 1", "--x 1"),
+    ]:
+        monkeypatch.setattr(sys, "argv", ["study.py", *flags.split()])
+        with pytest.raises(SystemExit) as stop:
+            run_command(study.main)
+        assert stop.value.code == 2 and complaint in capsys.readouterr().err
 
 
 @pytest.mark.ci
