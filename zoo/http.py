@@ -4,12 +4,16 @@ It is sent a POST of JSON, {"images": [PNG files in base64], "prompts": [strings
 list of one number for each image, higher being better.
 """
 
+import itertools
 import json
+import random
 import re
 import socket
 import threading
 import time
 from concurrent import futures
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
 import requests
@@ -22,9 +26,10 @@ class Http:
     """The reward of a service at `url`. UserError if that is no address, if the service stays down, or if it
     does not answer with a list.
 
-    timeout: seconds for a whole answer. It is asked `attempts` times at most, after pauses of pause, 2 pause,
-    4 pause ... seconds. No redirect is followed, and no more than `most` bytes are read. A service on this
-    machine is asked directly, whatever proxy the environment names.
+    timeout: seconds for a whole answer. It is asked `attempts` times at most, after pauses of about pause,
+    2 pause, 4 pause ... seconds, or as long as it says, 60 seconds at most. No redirect is followed, and no
+    more than `most` bytes are read. A service on this machine is asked directly, whatever proxy the
+    environment names.
     """
 
     def __init__(self, url, timeout=60, attempts=6, pause=1, most=1_000_000):
@@ -38,19 +43,11 @@ class Http:
         except (OSError, ValueError) as error:  # of requests, idna and inet_aton
             raise UserError(f"reward {url} is no address: {first_line(error)}") from error
         self.loopback = host in ("localhost", "::1") or host.startswith("127.")
+        self.name, self.headers = f"reward {url}", {}
 
     def __call__(self, images, prompts):
         body = {"images": [png(image) for image in images], "prompts": list(prompts)}
-        for attempt in range(self.attempts):
-            if attempt:
-                time.sleep(self.pause * 2 ** (attempt - 1))
-            try:
-                text = self.ask(body)
-                break
-            except OSError as error:  # which is what requests raises, too
-                reason = first_line(error)
-        else:
-            raise UserError(f"reward {self.url} did not answer, {self.attempts} times: {reason}")
+        text = self.ask(body)
         try:
             R = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -60,7 +57,19 @@ class Http:
         return R
 
     def ask(self, body):
-        """The bytes of an answer. OSError if there is no whole one in time.
+        """What `post` returns; asked again after an error of requests. UserError after the last attempt."""
+        for attempt in itertools.count(1):
+            try:
+                return self.post_in_time(body)
+            except requests.RequestException as error:
+                reason, wait = first_line(error).rpartition("Caused by ")[2], retry_after(error.response)
+            if attempt >= self.attempts:
+                raise UserError(f"{self.name} did not answer, {attempt} times: {reason}")
+            # by chance, so that not all who ask do so again at the same time
+            time.sleep(min(60, max(wait, self.pause * 2 ** (attempt - 1) * random.uniform(1, 1.5))))
+
+    def post_in_time(self, body):
+        """What `post` returns. requests.Timeout if it takes too long.
 
         The time-out of requests starts anew with every byte that comes. So the request has a thread of its
         own, which is left alone when its time is over.
@@ -77,22 +86,34 @@ class Http:
         try:
             return answer.result(self.timeout)
         except futures.TimeoutError as error:
-            raise TimeoutError(f"timed out after {self.timeout} s") from error
+            raise requests.Timeout(f"timed out after {self.timeout} s") from error
 
     def post(self, body):
-        """The bytes of an answer. OSError if there is none, UserError if it breaks the rules."""
+        """The bytes of an answer. An error of requests if there is none, UserError if it breaks the rules."""
+        answer, data = self.send(body)
+        if answer.status_code >= 500:
+            answer.raise_for_status()  # to be tried again
+        if answer.status_code != 200:
+            raise UserError(f"{self.name} answered with status {answer.status_code}, not 200")
+        return data
+
+    def send(self, body):
+        """(response, bytes) of one request, whatever its status."""
+        options = {"timeout": self.timeout, "allow_redirects": False, "stream": True}
         with requests.Session() as session:
             session.trust_env = not self.loopback
-            with session.post(
-                self.url, json=body, timeout=self.timeout, allow_redirects=False, stream=True
-            ) as answer:
-                if answer.status_code >= 500:
-                    answer.raise_for_status()  # to be tried again
-                if answer.status_code != 200:
-                    raise UserError(f"reward {self.url} answered with status {answer.status_code}, not 200")
-                text = b""
+            with session.post(self.url, json=body, headers=self.headers, **options) as answer:
+                data = b""
                 for part in answer.iter_content(65536):
-                    text += part
-                    if len(text) > self.most:
-                        raise UserError(f"reward {self.url} answered with more than {self.most} bytes")
-        return text
+                    data += part
+                    if len(data) > self.most:
+                        raise UserError(f"{self.name} answered with more than {self.most} bytes")
+        return answer, data
+
+
+def retry_after(response):
+    """How many seconds a response says to wait, as a number or a date; 0 if it does not."""
+    header = getattr(response, "headers", {}).get("Retry-After", "")
+    with suppress(ValueError, TypeError, OverflowError):
+        return int(header) if header.isdigit() else parsedate_to_datetime(header).timestamp() - time.time()
+    return 0

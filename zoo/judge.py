@@ -8,20 +8,17 @@ import hashlib
 import json
 import math
 import os
-import random
 import re
 import threading
-import time
-from collections import defaultdict
-from concurrent import futures
+from collections import Counter
 from contextlib import suppress
-from email.utils import parsedate_to_datetime
+from multiprocessing.pool import ThreadPool
 
 import requests
 import torch
 import torch.distributed as dist
 
-from support.errors import UserError, first_line
+from support.errors import UserError
 from support.evaluation import gather_rows, process_rank
 from support.pictures import png
 from support.run import warn
@@ -31,6 +28,9 @@ from zoo.vlm import MATCH
 
 SCALE = re.compile(r"\b(?:from|of|between) (\d{1,3}) ?(?:to|and|-) ?(\d{1,3})\b", re.IGNORECASE)
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
+WHY = dict.fromkeys((400, 413, 415, 422), "does not take the question (can the model see images?)")
+WHY |= dict.fromkeys((401, 403), "refuses OPENAI_API_KEY") | dict.fromkeys((402, 429), "is not paid for")
+WHY |= {404: "knows no such model"}
 
 
 class Judge(Http):
@@ -38,165 +38,120 @@ class Judge(Http):
     probability of yes in percent. Where the question holds {prompt}, the image's prompt is put in.
 
     Both are expectations over the likeliest tokens. A service that gives no logprobs is asked for `samples`
-    answers to a yes-or-no question, whose share of yes counts, and for one rating. What is neither is NaN.
+    answers, by default 5, but for one rating, and their mean counts. What is neither is NaN.
     at: questions asked at a time. UserError if the service cannot be used.
     """
 
-    def __init__(self, model, question=MATCH, at=16, samples=5, timeout=600, attempts=8, pause=1):
+    def __init__(self, model, question=MATCH, at=16, samples=None):
         url = os.environ.get("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not re.match("https?://", url):
             raise UserError("OPENAI_BASE_URL must be an address, as http://localhost:11434/v1")
-        super().__init__(url.rstrip("/") + "/chat/completions", timeout, attempts, pause)
-        self.name = f"judge {model} at {self.url.split('/')[2].split('@')[-1]}"
+        super().__init__(url.rstrip("/") + "/chat/completions", timeout=600, attempts=3)
+        self.name = f"judge {model} at {url.split('/')[2].rpartition('@')[2]}"
         if not self.key and not self.loopback:
             raise UserError(f"{self.name} wants a key: set OPENAI_API_KEY, or OPENAI_BASE_URL to another")
         if not re.fullmatch("[!-~]*", self.key):  # which an error of the library would quote
             raise UserError("OPENAI_API_KEY has characters that no key has")
+        self.headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         scale = SCALE.search(question)
         self.bounds = sorted(map(int, scale.groups())) if scale else None
-        self.model, self.question, self.at, self.samples = model, question, at, samples
-        self.answers, self.errors, self.warned, self.reached = Answers(), None, set(), False
-        self.changed, self.sampling = {}, False  # what the service turns out not to take, and not to give
+        self.model, self.question, self.at = model, question, at
+        self.samples = samples or (1 if self.bounds else 5)
+        self.answers, self.errors, self.refused = Answers(), [], set()  # fields that the service refuses
+        self.reached = self.no_logprobs = self.astray = False  # what it turns out to do
 
     def __call__(self, images, prompts):
+        """[B]; what was not asked before is asked, in parallel once the first has shown what goes wrong."""
         keys, jobs = [], {}
         for image, prompt in zip(images, prompts):
-            picture, question = png(image), self.question.replace("{prompt}", prompt)
-            text = "\n".join([self.model, question, picture])
-            keys.append(hashlib.sha256(text.encode()).hexdigest()[:16])
+            picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png(image)}"}}
+            text = {"type": "text", "text": self.question.replace("{prompt}", prompt)}
+            talk = [{"role": "user", "content": [picture, text]}]
+            body = {"model": self.model, "messages": talk, "max_tokens": 16}
+            keys.append(hashlib.sha256(json.dumps(body).encode()).hexdigest()[:16])
             if keys[-1] not in self.answers.values:
-                jobs[keys[-1]] = picture, question
-        jobs, alone = list(jobs.items()), int(self.errors is None)  # the first of all shows what goes wrong
-        for part in filter(None, (jobs[:alone], jobs[alone:])):
-            self.answer_all(part)
+                jobs[keys[-1]] = body
+        if jobs and not self.reached:
+            self.answer_all([jobs.popitem()])
+        if jobs:
+            self.answer_all(jobs.items())
         return torch.tensor([self.answers.values[key] for key in keys])
 
     def answer_all(self, jobs):
-        """Answer [(key, (picture, question))]. After an error no more are begun; those under way are kept.
+        """Answer (key, body) of each question. After an error no more are begun; those under way are kept."""
+        self.errors = []
 
-        The process may end before its threads: a second Ctrl-C stops at once.
-        """
-        self.errors, todo, threads = [], iter(jobs), [futures.Future() for _ in jobs[: self.at]]
-
-        def work(thread):
+        def work(job):
             try:
-                for key, job in todo:  # which all share
-                    if not self.errors:
-                        self.answers.write({"key": key, "value": self.score(*job)})
-            except Exception as error:
+                if not self.errors:
+                    self.answers.add(values={job[0]: self.score(job[1])})
+            except UserError as error:
                 self.errors.append(error)
-            thread.set_result(None)
 
-        for thread in threads:
-            threading.Thread(target=work, args=(thread,), daemon=True).start()
-        futures.wait(threads)
-        for error in self.errors:
-            raise error
+        with ThreadPool(self.at) as pool:  # a second Ctrl-C ends the process, whatever its threads do
+            pool.map(work, jobs, chunksize=1)
+        if self.errors:
+            hint = "; mend this, then go on with --resume" if self.answers.path else ""
+            raise UserError(f"{self.errors[0]}{hint}")
 
-    def score(self, picture, question):
-        """The value of a picture, or None."""
-        said = []
-        if self.bounds or not self.sampling:
-            said = self.ask_model(picture, question, temperature=0, logprobs=True, top_logprobs=20)[:1]
+    def score(self, body):
+        """The value of what a question is answered; NaN if that is nothing of use."""
+        if not self.no_logprobs:
+            said = [self.ask(body | {"temperature": 0, "logprobs": True, "top_logprobs": 20})]
             if not said[0][1]:
-                instead = f"the share of yes in {self.samples} answers counts"
-                self.say("gives no logprobs", "its ratings are taken as they are" if self.bounds else instead)
-                self.sampling, said = not self.bounds, said if self.bounds else []
-        while self.sampling and len(said) < self.samples:  # a service that does not know n gives one
-            said += self.ask_model(picture, question, temperature=1, n=self.samples - len(said))
+                warn(f"{self.name} gives no logprobs: the mean of {self.samples} answers counts")
+                self.no_logprobs = True
+        if self.no_logprobs:
+            body = body | {"temperature": int(self.samples > 1)}
+            said = [self.ask(body) for _ in range(self.samples)]
         values = [rating(*one, *self.bounds) if self.bounds else percent_yes(*one) for one in said]
         value = torch.tensor(values).nanmean().item()
-        if math.isnan(value):
-            self.say("does not answer as asked", f"it says {self.shown(said[0][0])!r}; such rewards are lost")
-        return None if math.isnan(value) else value
-
-    def ask_model(self, picture, question, **fields):
-        """What `read` returns of the answers; asked again after 429, 5xx and what is not whole."""
-        image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
-        talk = [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
-        fields |= {"model": self.model, "messages": talk, "max_tokens": 16}
-        for attempt in range(1, self.attempts + 1):
-            tokens, body = 0, {key: self.changed.get(key, value) for key, value in fields.items()}
-            self.answers.spend()
-            try:
-                said, tokens = self.ask({key: value for key, value in body.items() if value is not None})
-                return said
-            except OSError as error:  # which is what requests raises, too
-                reason, wait = self.shown(error), seconds(getattr(error, "response", None))
-            finally:
-                self.answers.write({"tokens": tokens})
-            if self.errors or attempt == (self.attempts if self.reached else 3):  # a wrong address shows soon
-                raise self.failure(f"did not answer, {attempt} times: {reason}")
-            # by chance, so that not all ask again at the same time
-            time.sleep(min(60, wait or self.pause * 2**attempt * random.uniform(0.25, 0.5)))
+        if math.isnan(value) and not self.astray:
+            self.astray = True
+            warn(f"{self.name} does not answer as asked: it says {self.shown(said[0][0])!r}")
+        return value
 
     def post(self, body):
-        """What `read` returns. OSError if the service may be asked again, UserError if that is no use."""
-        with requests.Session() as session:
-            session.trust_env = not self.loopback
-            options = {"timeout": self.timeout, "allow_redirects": False, "stream": True}
-            if self.key:
-                options["headers"] = {"Authorization": f"Bearer {self.key}"}
-            with session.post(self.url, json=body, **options) as answer:
-                self.reached, data = True, b""
-                for part in answer.iter_content(65536):
-                    data += part
-                    if len(data) > self.most:
-                        raise self.failure(f"answered with more than {self.most} bytes")
+        """What `read` returns. An error of requests if it may be asked again, UserError if that is no use."""
+        self.answers.add(requests=1)
+        body = {name: value for name, value in body.items() if name not in self.refused}
+        answer, data = self.send(body)
         status, text = answer.status_code, data.decode(errors="replace")
-        if status == 200:
-            return self.read(text)
-        message = re.search(r'"(?:message|detail|error)": ?"([^"]+)', text)
-        message = message[1] if message else text
+        said = self.read(text) if status == 200 else None
+        self.reached, self.attempts = True, 8  # a wrong address shows sooner
+        if said:
+            return said
+        message = (re.search(r'"(?:message|detail|error)": ?"([^"]+)', text) or ["", text])[1]
         reason = f"status {status}: {self.shown(message)}"
-        if (status in (408, 429) or status >= 500) and "insufficient_quota" not in text:
+        fields = body.keys() - {"model", "messages"} if status in (400, 403, 422) else ()
+        refused = {name for name in fields if re.search(rf"\b{name}\b", message)}
+        self.refused |= refused
+        again = (status in (408, 429) or status >= 500) and "insufficient_quota" not in text
+        if again or refused:
             raise requests.HTTPError(reason, response=answer)
-        refused = [k for k in body if k not in ("model", "messages") and re.search(rf"\b{k}\b", message)]
-        if refused and status in (400, 403, 422):  # once more without; but some services give 5 logprobs
-            refused += ["top_logprobs"] if "logprobs" in refused else []
-            some = refused == ["top_logprobs"] and body["top_logprobs"] > 5
-            self.changed |= {"top_logprobs": 5} if some else dict.fromkeys(refused)
-            raise requests.HTTPError(reason)
-        why = {401: "refuses OPENAI_API_KEY", 403: "refuses OPENAI_API_KEY", 404: "knows no such model"}
-        why |= dict.fromkeys((400, 413, 415, 422), "does not take the question (can the model see images?)")
-        why |= {402: "is not paid for", 429: "is not paid for"}
-        raise self.failure(f"{why.get(status, 'is no chat completions API')}: {reason}")
+        raise UserError(f"{self.name} {WHY.get(status, 'is no chat completions API')}: {reason}")
 
     def read(self, text):
-        """Of each answer its text and its tokens [(word, {word: probability})], and all tokens in number."""
+        """(what is said, [(word, {word: probability}) of each token, if the service gives them])."""
         try:
-            data, said = json.loads(text), []
-            for choice in data["choices"]:
-                tokens = []
-                for token in (choice.get("logprobs") or {}).get("content") or ():
-                    odds = defaultdict(float)
-                    for other in token["top_logprobs"]:
-                        odds[word(other["token"])] += math.exp(other["logprob"])
-                    tokens += [(word(token["token"]), odds)] if odds else []
-                said.append((str(choice["message"]["content"] or ""), tokens))
-            return [said[0], *said[1:]], int((data.get("usage") or {}).get("total_tokens") or 0)
+            data, tokens = json.loads(text), []
+            choice, spent = data["choices"][0], int((data.get("usage") or {}).get("total_tokens") or 0)
+            said = str(choice["message"]["content"] or "")
+            for token in (choice.get("logprobs") or {}).get("content") or ():
+                odds = Counter()
+                for other in token.get("top_logprobs") or ():
+                    odds[word(other["token"])] += math.exp(other["logprob"])
+                tokens += [(word(token["token"]), odds)] if odds else []
         except MALFORMED as error:
-            cut = text.lstrip().startswith("{") and isinstance(error, json.JSONDecodeError)
-            if cut or '"error":' in text:  # some say with status 200 what went wrong
-                raise OSError(self.shown(text)) from error
-            raise self.failure(f"is no chat completions API, it says {self.shown(text)!r}") from error
-
-    def failure(self, text):
-        """The UserError that says so."""
-        resume = "; mend this, then go on with --resume" if self.answers.path else ""
-        return UserError(f"{self.name} {text}{resume}")
+            raise requests.HTTPError(f"no chat completion, but {self.shown(text)}") from error
+        self.answers.add(tokens=spent)
+        return said, tokens
 
     def shown(self, text):
-        """The beginning of a text or an error without the key, to be shown."""
-        text = " ".join(str(text).replace("\\/", "/").split()).rpartition("Caused by ")[2]
-        return first_line(text.replace(self.key, "***") if len(self.key) > 7 else text)[:160]
-
-    def say(self, what, text):
-        """Warn once that something is so."""
-        if what not in self.warned and process_rank() == 0:
-            self.warned.add(what)
-            warn(f"{self.name} {what}: {text}")
+        """The beginning of a text in one line and without the key."""
+        text = " ".join(text.replace("\\/", "/").split())
+        return (text.replace(self.key, "***") if len(self.key) > 7 else text)[:160]
 
 
 class Answers:
@@ -207,15 +162,15 @@ class Answers:
     """
 
     def __init__(self, rewards=(), limit=None):
-        terms = [term for reward in rewards for term in reward.terms.values()]
-        self.judges = [term for term in terms if isinstance(term, Judge)]
+        self.judges = [term for r in rewards for term in r.terms.values() if isinstance(term, Judge)]
         for judge in self.judges:
             judge.answers = self
         if limit and not self.judges:
             raise UserError("--max-requests: there is no judge in --reward or --watch")
         self.rank, self.world = process_rank(), dist.get_world_size() if dist.is_initialized() else 1
-        self.limit, self.path, self.lines = limit // self.world if limit else math.inf, None, []
-        self.values, self.requests, self.tokens, self.lock = {}, 0, 0, threading.Lock()
+        self.limit = limit // self.world if limit else math.inf
+        self.values, self.spent = {}, Counter(requests=0, tokens=0)
+        self.path, self.lock = None, threading.Lock()
 
     def open(self, folder):
         """Take over what is in the run's folder, and write there from now on."""
@@ -223,59 +178,36 @@ class Answers:
             return
         if dist.is_initialized():
             dist.barrier()  # until the first process has made it
+        new = {"values": self.values.copy(), **self.spent}
         for path in folder.glob("judge-*.jsonl"):
             mine = int(path.stem[6:]) % self.world == self.rank  # there may have been more processes
-            for line in path.read_bytes().splitlines():
+            for text in path.read_bytes().splitlines():
                 with suppress(*MALFORMED):  # one that was cut short
-                    self.take(line := json.loads(line), mine)
-                    self.requests += mine and "tokens" in line
+                    line = json.loads(text)
+                    self.values |= {key: float(value) for key, value in line["values"].items()}
+                    self.spent.update({name: mine * int(line[name]) for name in self.spent})
         self.path = folder / f"judge-{self.rank}.jsonl"
-        for line in self.lines:
-            append_line(self.path, line)
+        append_line(self.path, json.dumps(new))
 
-    def take(self, line, mine=True):
-        """Take in a line: an answer {"key", "value"}, or what a request took, {"tokens"}."""
-        if "key" in line:
-            self.values[line["key"]] = math.nan if line["value"] is None else float(line["value"])
-        elif mine:
-            self.tokens += int(line["tokens"])
-
-    def write(self, line):
-        """Take in a line, and write it down as soon as there is a folder."""
+    def add(self, values={}, requests=0, tokens=0):
+        """Take in {key: value} of answers, and what it took; write it down. UserError above the limit."""
         with self.lock:
-            self.take(line)
+            if requests and self.spent["requests"] >= self.limit:
+                raise UserError(f"--max-requests is used up: each process may ask {self.limit}")
+            self.values |= values
+            self.spent.update(requests=requests, tokens=tokens)
             if self.path:
-                append_line(self.path, json.dumps(line))
-            else:
-                self.lines.append(json.dumps(line))
-
-    def spend(self):
-        """Count a request. UserError if it would be one too many."""
-        with self.lock:
-            if self.requests >= self.limit:
-                share = f", of which each of {self.world} processes has its share," if self.world > 1 else ""
-                what = "raise it, and go on with --resume" if self.path else "the first evaluation needs more"
-                raise UserError(f"--max-requests{share} is used up after {self.requests}: {what}")
-            self.requests += 1
+                append_line(self.path, json.dumps({"values": values, "requests": requests, "tokens": tokens}))
 
     def record(self):
         """The requests and tokens of all processes since the run began, for its records; or nothing."""
-        counts = {"requests": torch.tensor([self.requests]), "tokens": torch.tensor([self.tokens])}
+        counts = {name: torch.tensor([n]) for name, n in self.spent.items()}
         return {name: int(n.sum()) for name, n in gather_rows([counts]).items()} if self.judges else {}
 
 
 def word(token):
     """A token without case, spaces and other marks."""
     return re.sub("[^a-z0-9]", "", token.lower())
-
-
-def seconds(response):
-    """How long a response says to wait, in seconds or until a date; 0 if it does not."""
-    with suppress(*MALFORMED):
-        header = response.headers["Retry-After"]
-        then = time.time() + float(header) if header.isdigit() else parsedate_to_datetime(header).timestamp()
-        return max(0, then - time.time())
-    return 0
 
 
 def percent_yes(text, tokens):
@@ -286,38 +218,29 @@ def percent_yes(text, tokens):
 
 
 def rating(text, tokens, low, high):
-    """The expectation of the first number in an answer, at its first token; NaN if it has none in bounds.
+    """The expectation of the first number in an answer; NaN if it has none in bounds.
 
-    A number may be several tokens, and which one a "1" begins is known only of the one that was said: of the
-    others the nearest to it counts.
+    A number of several tokens, as 7.5 is, counts as it was said. A token that may begin a longer number, as 1
+    may begin 10, is left out unless it was said.
     """
     found = re.search(r"\d+(\.\d+)?", SCALE.sub("", text))
-    if not found or not low <= float(found[0]) <= high:
+    if not found or not low <= (said := float(found[0])) <= high:
         return math.nan
-    number = float(found[0])
-    odds = [odds for token, odds in tokens if token and found[0].startswith(token)]
-    if "." in found[0] or not odds:
-        return number
-    whole, total, expected = any(len(token) > 1 and token.isdigit() for token in odds[0]), 0, 0
-    for token, p in odds[0].items():
-        numbers = [n for n in range(low, high + 1) if token and str(n).startswith(token)]
-        if numbers:
-            n = int(token) if whole else min(numbers, key=lambda n: abs(n - number))
-            total, expected = total + p, expected + p * n
-    return expected / total if total else number
+    for token, odds in tokens:
+        if token == found[0] and odds.get(token):
+            p = {n: odds.get(str(n), 0) for n in range(low, high + 1) if n in (0, said) or 10 * n > high}
+            return sum(n * p[n] for n in p) / sum(p.values())
+    return said
 
 
 def load(device, *options):
     """The Judge of the options in a term `judge:...`: a model, whose name may have colons, a question in
     quotes, x32 for 32 questions at a time, n9 for nine samples where the service gives no logprobs.
     """
-    numbers, names, questions = {}, [], []
-    for option in options:
-        if re.fullmatch("[xn][1-9][0-9]{0,2}", option):
-            numbers[option[0]] = int(option[1:])
-        else:
-            (questions if " " in option else names).append(option.strip('"'))
+    numbers = [option for option in options if re.fullmatch("[xn][1-9][0-9]{0,2}", option)]
+    texts = [option.strip('"') for option in options if option not in numbers]
+    names, questions = [t for t in texts if " " not in t], [t for t in texts if " " in t]
     if not names or len(questions) > 1:
         raise UserError(f"reward judge:{':'.join(options)} must name a model, and one question at most")
-    at, samples = numbers.get("x", 16), numbers.get("n", 5)
-    return Judge(":".join(names), *questions or [MATCH], at=at, samples=samples)
+    given = {"at" if option[0] == "x" else "samples": int(option[1:]) for option in numbers}
+    return Judge(":".join(names), *questions, **given)
