@@ -47,6 +47,7 @@ import train
 import zoo.http
 from support.commands import Parser, number
 from support.errors import run_command
+from support.run import read_metrics
 from tests import hostile
 from zoo.human import Human
 
@@ -227,15 +228,13 @@ def kill(rng, folder):
     _, expected, operations, seconds = undisturbed(estimator)
     args = [*RUN, "4", "--estimator", named(estimator), *ESTIMATORS[estimator].split()]
     for _ in range(rng.choice([1, 1, 2, 3])):
-        at, size, moment = (
-            rng.randint(1, operations),
-            int(10 ** rng.uniform(0, 5)),
-            rng.uniform(0.01, seconds),
-        )
-        act = rng.choice(
-            [lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: break_writes(size, signal.SIG_DFL)]
-        )
-        how = rng.choice([{"kill": moment}, *[{"before": functools.partial(on_operation, at, act)}] * 3])
+        size = rng.choice([None, int(10 ** rng.uniform(0, 5))])
+
+        def act(size=size):
+            os.kill(os.getpid(), signal.SIGKILL) if size is None else break_writes(size, signal.SIG_DFL)
+
+        before = functools.partial(on_operation, rng.randint(1, operations), act)
+        how = rng.choice([{"before": before}] * 3 + [{"kill": rng.uniform(0.01, seconds)}])
         ended = quick(folder, RESUME if (folder / "runs/x").exists() else args, rng=rng, **how)
         if wrong := complaint("train", *ended, (0, -signal.SIGKILL, -signal.SIGXFSZ)):
             return wrong, estimator
@@ -248,11 +247,8 @@ def machine(rng, folder):
     _, expected, operations, _ = undisturbed(estimator)
     args = [*RUN, "4", "--estimator", named(estimator), *ESTIMATORS[estimator].split()]
     what = rng.choice("error errors short full readonly removed renamed replaced".split())
-    code, size = (
-        rng.choice([errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO]),
-        int(10 ** rng.uniform(0, 5)),
-    )
-    runs, aside = folder / "runs", folder / "aside"
+    code = rng.choice([errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO])
+    size, runs, aside = int(10 ** rng.uniform(0, 5)), folder / "runs", folder / "aside"
 
     def act():
         if what in ("error", "errors"):
@@ -385,15 +381,20 @@ def service(rng, folder):
 
 
 def person():
-    """A group waits for a person's choice: it is there after hostile requests, and takes a good one."""
-    rng, human, found = random.Random(sys.argv[1]), Human(2, 1), []
+    """A group waits for a person's choice: it is there after hostile requests, and takes a good one.
+
+    In its folder are answers from before, in a damaged file.
+    """
+    rng, human, found, path = random.Random(sys.argv[1]), Human(2, 1), [], Path("preferences.jsonl")
+    path.write_text("".join(f'{{"key": "{i}", "prompt": "é", "choice": {i % 2}}}\n' for i in range(9)))
+    hostile.damage(rng, path)
     port = int(re.search(r":(\d+)/", human.open("."))[1])
     images = torch.rand(2, 3, 8, 8)
     waiting = threading.Thread(target=lambda: found.append(human(images, ["sun", "sun"]).tolist()))
     waiting.start()
     while not human.waiting:
         time.sleep(0.001)
-    (key,) = human.waiting
+    (key,), answers = human.waiting, dict(human.answers)
 
     def ask(data):
         with socket.create_connection(("127.0.0.1", port), 5) as connection, suppress(ConnectionError):
@@ -405,19 +406,20 @@ def person():
     for _ in range(20):
         ask(data := hostile.request(rng, key, port))
         shown = ask(f"GET /group {host}\r\n".encode()) or b""
-        if key.encode() not in shown or human.answers or list(Path(".").glob("preferences*")):
+        if key.encode() not in shown or human.answers != answers or not {*answers.values()} <= {0, 1, None}:
             return print(f"after {data[:400]!r} the page showed {shown[:100]!r} and had {human.answers}")
     body = json.dumps({"key": key, "choice": 1})
     host += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
     ask(f"POST /answer {host}\r\n{body}".encode())
     waiting.join(5)
-    print("" if found == [[0, 1]] else f"a good answer came to {found}")
+    kept = dict(human.read_answers()) == {**answers, key: 1}
+    print("" if found == [[0, 1]] and kept else f"a good answer came to {found}, and is kept: {kept}")
 
 
 def page(rng, folder):
     """Twenty hostile requests to the page of --reward human."""
     ended = forked(folder, "page", [str(rng.random())])
-    return complaint("page", *ended, [0]) or (ended[1] + ended[2]).strip(), "0"
+    return complaint("page", *ended) or ended[1].strip(), f"{ended[0]}"
 
 
 @functools.cache
@@ -443,7 +445,7 @@ def draw_line(rng):
         estimator = named(drawn := rng.choice([*ESTIMATORS, *["fdfo"] * 7]))
         args += ["--estimator", estimator, *ESTIMATORS[drawn].split()]
         if rng.random() < 0.3:  # with the flags of fdfo
-            args, estimator = [*args[:-1], "--estimator", "est.py:f"], "fdfo"
+            args, estimator = [*SMALL["train"].split(), "--estimator", "est.py:f"], "fdfo"
         if rng.random() < 0.3:
             args += [f"--{rng.choice(['reward', 'reward', 'reward', 'watch'])}={hostile.expression(rng)}"]
     elif command == "bench" and rng.random() < 0.5:
@@ -488,10 +490,7 @@ def line(rng, folder):
             continue
         run = folder.parent / re.sub("/samples$", "", os.path.dirname(path))
         if command == "train" and path not in before:  # a run that trained, or one that a person was to judge
-            records = (
-                (run / "metrics.jsonl").read_text().count("\n") if (run / "metrics.jsonl").exists() else 0
-            )
-            good = records > 1 or "human" in text or path.endswith(".part") and code == 130
+            good = len(read_metrics(run)) > 1 or "human" in text or path.endswith(".part") and code == 130
         elif command == "train":
             good = "--resume" in args and path.startswith("most/runs/old/") and code != 2
         elif command == "sample":
