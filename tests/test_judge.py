@@ -262,8 +262,8 @@ def test_a_wrong_address_shows_soon(server, monkeypatch):
 @pytest.mark.parametrize(
     "mode, asked, again, value",
     [
-        ("long", 2, 1, 20), ("cold", 2, 1, 20),
-        ("few", 2 + 5, 5, 80), ("none", 2 + 5, 5, 80), ("silent", 1 + 5, 5, 80),
+        ("long", 2, 1, 20), ("cold", 2, 1, 20), ("few", 2, 1, 20),
+        ("none", 2 + 5, 5, 80), ("silent", 1 + 5, 5, 80),
     ],
 )  # fmt: skip
 def test_a_service_that_cannot_do_all_is_asked_for_what_it_can(server, mode, asked, again, value, capfd):

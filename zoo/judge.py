@@ -58,7 +58,8 @@ class Judge(Http):
         self.bounds = sorted(map(int, scale.groups())) if scale else None
         self.model, self.question, self.at = model, question, at
         self.samples = samples or (1 if self.bounds else 5)
-        self.answers, self.errors, self.refused = Answers(), [], set()  # fields that the service refuses
+        self.answers, self.errors = Answers(), []
+        self.refused, self.top = set(), 20  # fields that the service refuses; logprobs it is asked for
         self.reached = self.no_logprobs = self.astray = False  # what it turns out to do
 
     def __call__(self, images, prompts):
@@ -116,6 +117,8 @@ class Judge(Http):
         """What `read` returns. An error of requests if it may be asked again, UserError if that is no use."""
         self.answers.add(requests=1)
         body = {name: value for name, value in body.items() if name not in self.refused}
+        if "top_logprobs" in body:
+            body["top_logprobs"] = self.top
         answer, data = self.send(body)
         status, text = answer.status_code, data.decode(errors="replace")
         said = self.read(text) if status == 200 else None
@@ -126,7 +129,10 @@ class Judge(Http):
         reason = f"status {status}: {self.shown(message)}"
         fields = body.keys() - {"model", "messages"} if status in (400, 403, 422) else ()
         refused = {name for name in fields if re.search(rf"\b{name}\b", message)}
-        self.refused |= refused
+        if "top_logprobs" in refused and self.top > 5:  # which many services have as their limit
+            self.top = 5
+        else:
+            self.refused |= refused
         again = (status in (408, 429) or status >= 500) and "insufficient_quota" not in text
         if again or refused:
             raise requests.HTTPError(reason, response=answer)
