@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from models.flows import load_flow
-from models.table import add_model_arguments, fill_defaults
+from models.table import add_model_arguments, check_device, fill_defaults
 from rewards import load_clip
 from support.commands import Parser, number
 from support.errors import UserError, first_line, run_command
@@ -207,6 +207,7 @@ def ask(args, flow, prompts, choices):
 
 def main():
     args, model = parse_args()
+    check_device(args.device)
     beside = Path(model.path).parent
     clip = load_clip(beside if (beside / "tiny-clip").is_dir() else None, args.device)
     prompts = split_prompts(args.prompts)[0]

@@ -187,10 +187,24 @@ def answer(status, body=b"", *headers):
     return "".join(f"{line}\r\n" for line in (f"HTTP/1.1 {status}", *headers, "")).encode() + body
 
 
-PASSING = ("fine", "500", "503", "drop", "half", "drip", "mute", "length")  # after these it is asked again
+PASSING = (
+    "fine",
+    "500",
+    "503",
+    "503 nan",
+    "503 minus",
+    "503 date",
+    "drop",
+    "half",
+    "drip",
+    "mute",
+    "length",
+)  # after these it is asked again
 ANSWERS = {  # what a service may send
     "fine": None, "drip": None, "mute": None, "drop": b"", "500": answer("500 No"), "404": answer("404 No"),
-    "503": answer("503", b"", "Retry-After: 9999"), "half": answer("200", b"[1", "Content-Length: 99"),
+    "503 nan": answer("503", b"", "Retry-After: nan"), "503 minus": answer("503", b"", "Retry-After: -9"),
+    "503 date": answer("503", b"", "Retry-After: Mon, 99 Jan"), "429": answer("429", b"", "Retry-After: é"),
+    "503": answer("503", b"", "Retry-After: 0.1"), "half": answer("200", b"[1", "Content-Length: 99"),
     "to itself": answer("302 F", b"", "Location: /"), "to a file": answer("301", b"", "Location: file:///"),
     "204": answer("204"), "gzip": answer("200", b"no gzip", "Content-Encoding: gzip"), "noise": b"\xff" * 99,
     "huge": answer("200", b" " * 3_000_000), "heads": answer("200", b"[1, 2]", *["A: b"] * 500),
