@@ -9,6 +9,7 @@ Counted are operations (2 to a multiply-add) and live tensor storage.
 
 import argparse
 from contextlib import ExitStack
+from functools import partial
 from unittest import mock
 
 import torch
@@ -23,6 +24,7 @@ from studies.fake_gpu import fake_gpu
 from studies.profiler import Profiler
 from support.commands import Parser, add_estimator_arguments, number, options_of
 from support.errors import UserError, run_command
+from train import call_estimator
 
 
 def measure(args, model, device, fake):
@@ -43,13 +45,14 @@ def measure(args, model, device, fake):
         flow.conditioning = lambda cond: [e[cond.cpu()].repeat_interleave(twins, 0).to(device) for e in made]
         decode = profiler.profiled("decoding", flow.decode)
         reward = profiler.profiled("reward", lambda images: clip.embed_images(images)[:, 0])
-        times, train = flow.train_times, profiler.profiled("training", fdfo)
+        estimate = partial(call_estimator, "fdfo", partial(fdfo, **options))
+        times, train = flow.train_times, profiler.profiled("training", estimate)
         problem = Problem(flow.velocity, lambda x, cond: reward(decode(x)), lora, times, args.batch)
         eps = torch.randn(args.pairs, *flow.shape, device=device)
         with mock.patch("fdflow.roll_out", profiler.profiled("sampling", fdflow.roll_out)):
             for _ in range(1 if fake else 2):
                 profiler.table = {phase: [0, 0, 0] for phase in profiler.table}
-                train(problem, eps, torch.arange(args.pairs, device=device), **options)
+                train(problem, eps, torch.arange(args.pairs, device=device))
     return profiler.table
 
 

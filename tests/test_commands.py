@@ -420,6 +420,7 @@ def test_bad_sample_arguments_end_in_one_line(flags, complaint, tmp_path, monkey
 def test_studies_name_what_they_cannot_take(monkeypatch, capsys):
     for study, flags, complaint in [
         (bench, "--smoke --device meta", "--device meta"),
+        (bench, "--smoke --estimate --size 128 --steps 1 --churn 0", "needs churn > 0"),
         (toy, "--x 1", "--x 1"),
     ]:
         monkeypatch.setattr(sys, "argv", ["study.py", *flags.split()])
