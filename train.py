@@ -24,7 +24,7 @@ import torch.distributed as dist
 from fdflow import LoRA, Problem, central_difference, fdfo, spsa
 from models.flows import load_flow
 from models.lora_files import layers_named, save_lora
-from models.table import TINY, add_model_arguments, fill_defaults
+from models.table import MODELS, TINY, add_model_arguments, fill_defaults
 from rewards import Reward, load_clip, load_function
 from support.commands import Parser, add_estimator_arguments, number, options_of, read_prompts
 from support.errors import UserError, first_line, run_command
@@ -75,7 +75,8 @@ def make_parser(estimator):
     add("--max-requests", type=whole, help="to judges in a run; where it needs more, it stops (default: any)")
     add_model_arguments(parser)
     try:
-        add_estimator_arguments(parser, estimator, estimate)
+        models = vars(MODELS["tiny"]) if estimator == "fdfo" else ()
+        add_estimator_arguments(parser, estimator, estimate, models)
     except argparse.ArgumentError as error:
         raise UserError(f"estimator {estimator}: {first_line(error)} of train.py") from error
     return parser, estimate

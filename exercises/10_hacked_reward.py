@@ -6,7 +6,7 @@ Write `change`: by how much a value changed from the base model to the trained o
 from two images of each of P prompts (same noise before and after). A prompt's two images are not independent.
 
 Then write a reward, `repaired`, with which the same training on nine prompts gains 2 of brightness or more,
-and costs less than 12 of clip. With brightness alone it gains 10 and costs 23.
+and costs less than 12 of clip. With brightness alone it gains 18 and costs 37.
 
 Teaches: what the reward does not measure may get worse; paired differences; how to write a reward.
 Belongs to: rewards.py, and HeldOut and signs_of_hacking in support/evaluation.py.

@@ -89,12 +89,16 @@ def options_of(estimator):
     return dict(parameters[4:])
 
 
-def add_estimator_arguments(parser, name, estimator):
-    """A flag for each option of an estimator: its type and default, its help from a line "option: text"."""
+def add_estimator_arguments(parser, name, estimator, models=()):
+    """A flag for each option of an estimator: its type and default, its help from a line "option: text".
+
+    models: options whose default depends on the model.
+    """
     group, flags = parser.add_argument_group(f"--estimator {name}"), []
     for option, parameter in options_of(estimator).items():
         text = re.search(rf"^ *{option}: (.*)", inspect.getdoc(estimator) or "", re.MULTILINE)
-        words = f"{text[1] if text else ''} (default {parameter.default})".strip()
+        default = ": the model's" if option in models else f" {parameter.default}"
+        words = f"{text[1] if text else ''} (default{default})".strip()
         flags.append(f"--{option.replace('_', '-')}")
         kinds = [kind for kind in (bool, int, float) if kind.__name__ in str(parameter.annotation)]
         kind = kinds[0] if kinds else type(parameter.default)
