@@ -296,7 +296,7 @@ def test_the_held_out_record_has_the_error_over_choices(made):
     assert record["change_se_choices"] == {name: pytest.approx(error, rel=1e-3)} and error > 0.01
 
 
-def test_what_is_no_taste_is_refused_in_one_line(made, tmp_path):
+def test_what_is_no_taste_is_refused_in_one_line(made, tmp_path, capsys):
     with pytest.raises(
         UserError, match=r"no tastes/nobody/head.safetensors; make one with: .* --name nobody"
     ):
@@ -304,7 +304,8 @@ def test_what_is_no_taste_is_refused_in_one_line(made, tmp_path):
     with pytest.raises(UserError, match="say whose"):
         Reward("taste:a:b")
     file, whole = tmp_path / "head.safetensors", made[0] / "head.safetensors"
-    tensors, about = load_file(whole), {"clip": "tiny-clip", "dimension": 128, "choices": 24}
+    tensors, about = load_file(whole), {"clip": "tiny-clip", "dimension": 128}
+    about |= {"choices": 24, "right": 0.8}
     tag = {"taste": json.dumps(about)}
 
     def refused(complaint):
@@ -330,8 +331,11 @@ def test_what_is_no_taste_is_refused_in_one_line(made, tmp_path):
     large = {"weight": torch.zeros(768), "covariance": torch.eye(768), "mean": torch.zeros(768)}
     save_file(large, file, {"taste": json.dumps(about | {"dimension": 768})})
     refused("of dimension 768, and this model has tiny-clip of dimension 128")
-    save_file(tensors, file, tag)
-    Reward(f"2*taste:{tmp_path}")
+    capsys.readouterr()
+    for right in (0.8, 0.6):  # a standard error of 0.08 and of 0.1
+        save_file(tensors, file, {"taste": json.dumps(about | {"right": right})})
+        Reward(f"2*taste:{tmp_path}")
+        assert ("predicts 60 % of choices" in capsys.readouterr().err) == (right == 0.6)
 
 
 # ---- what takes longer

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 from support.errors import UserError, first_line
+from support.run import warn
 
 LEAST = 10  # choices that a head needs
 PRECISIONS = torch.logspace(3, -4, 15).tolist()  # of the prior, strong to weak
@@ -96,6 +97,8 @@ def load(clip, *options):
             tensors = [file.get_tensor(key) for key in ("weight", "covariance", "mean")]
             about = json.loads(file.metadata()["taste"])
         choices, known = int(about["choices"]), (about["clip"], int(about["dimension"]))
+        right = float(about["right"])
+        error = math.sqrt(right * (1 - right) / max(choices, 1))
     except FileNotFoundError as error:
         make = f"make one with: python -m studies.taste --name {folder.name}"
         raise UserError(f"reward taste:{name}: there is no {folder / 'head.safetensors'}; {make}") from error
@@ -109,6 +112,8 @@ def load(clip, *options):
         raise UserError(f"reward taste:{name}: it was fitted on {asked}, and this model has {has}")
     if choices < LEAST:
         raise UserError(f"reward taste:{name}: {choices} choices are too few, {LEAST} are the least")
+    if right - 2 * error < 0.5:  # it would train all the same, in some direction
+        warn(f"taste:{name} predicts {100 * right:.0f} % of choices it has not seen: that may be guessing")
     return Taste(*tensors, clip)
 
 
