@@ -203,7 +203,8 @@ def main():
 
     def restore(state):
         for p, saved in zip(lora.parameters, state["lora"], strict=True):
-            p.data.copy_(saved.view_as(p))  # another shape is an error, not spread out
+            assert saved.shape == p.shape, "its LoRA has another shape"  # which copy_ would spread out
+            p.data.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
         problem.memory.update(state["memory"])
 

@@ -98,7 +98,7 @@ def add_estimator_arguments(parser, name, estimator, models=()):
     for option, parameter in options_of(estimator).items():
         text = re.search(rf"^ *{option}: (.*)", inspect.getdoc(estimator) or "", re.MULTILINE)
         default = ": the model's" if option in models else f" {parameter.default}"
-        words = f"{text[1] if text else ''} (default{default})".strip()
+        words = f"{text[1] if text else ''} (default{default})".strip().replace("%", "%%")
         flags.append(f"--{option.replace('_', '-')}")
         kinds = [kind for kind in (bool, int, float) if kind.__name__ in str(parameter.annotation)]
         kind = kinds[0] if kinds else type(parameter.default)

@@ -296,6 +296,15 @@ def test_every_option_is_a_flag_with_a_help_text():
         assert texts and not any(text.startswith("(default") for text in texts)
 
 
+def test_help_texts_may_have_percent_signs():
+    def estimator(problem, eps, cond, generator, h: float = 0.1):
+        """h: 100 % of %(x)s"""
+
+    parser = Parser()
+    add_estimator_arguments(parser, "estimator", estimator)
+    assert "100 % of %(x)s (default 0.1)" in parser.format_help()
+
+
 def metrics(monkeypatch, flags):
     """The records of a small run of train.py in the current folder."""
     small = "--prompts prompts.txt --pairs 4 --steps 2 --name x --reward clip+brightness"
