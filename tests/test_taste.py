@@ -347,6 +347,7 @@ def start(*command, cwd):
     run = subprocess.Popen(
         [sys.executable, *command], cwd=cwd, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a background job ignores
     )  # fmt: skip
     return run, re.search(r"http://127.0.0.1:\d+/", run.stdout.readline())[0]
 
