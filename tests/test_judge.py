@@ -400,6 +400,7 @@ def records(folder):
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.ci
 def test_a_killed_run_asks_nothing_twice(server, start, tmp_path):
     """Six held-out images before and after, eight in each of three iterations; the six are watched, too."""
     runs, server.delay = tmp_path / "runs", 0.05
