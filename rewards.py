@@ -46,7 +46,7 @@ def sharpness(images, prompts):
 
 
 def colorfulness(images, prompts):
-    """M3 of Hasler and Süsstrunk 2003, "Measuring colourfulness in natural images": 0 (grey) to above 100."""
+    """M3 of Hasler and Süsstrunk 2003, "Measuring colourfulness in natural images": 0 (grey) to over 100."""
     red, green, blue = (255 * images).unbind(1)
     rg, yb = red - green, (red + green) / 2 - blue
     spread = torch.sqrt(rg.var((1, 2), correction=0) + yb.var((1, 2), correction=0))
@@ -188,7 +188,7 @@ def load_function(what, term):
     return getattr(module, name)
 
 
-KNOWN = f"aesthetic, clip, pickscore, vlm, judge, taste, ocr, human, {', '.join(PROGRAMS)}, file.py:function"
+KNOWN = f"aesthetic, clip, pickscore, vlm, judge, taste, ocr, human, URL, file.py:name, {', '.join(PROGRAMS)}"
 # the terms that are not Python: a service, a function in a file, a name with options
 TERM = re.compile(rf'https?://[^\s*()]+|{FILE.pattern}|[A-Za-z]\w*(?::(?:"[^"]*"|[\w./-]+))+')
 

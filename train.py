@@ -42,8 +42,7 @@ SUITS = {
     "central": {"iterations": 30, "pairs": 2, "layers": "last", "rank": 1, "lr": 0.004},
 }
 # what may differ between a run and its resumption
-MAY_CHANGE = ("iterations", "out", "name", "resume", "device", "batch", "compile", "checkpointing")
-MAY_CHANGE += ("max_requests",)
+MAY_CHANGE = "iterations out name resume device batch compile checkpointing max_requests".split()
 
 
 def make_parser(estimator):
@@ -203,7 +202,8 @@ def main():
 
     def restore(state):
         for p, saved in zip(lora.parameters, state["lora"], strict=True):
-            assert saved.shape == p.shape, "its LoRA has another shape"  # which copy_ would spread out
+            if saved.shape != p.shape:  # which copy_ would spread out
+                raise ValueError("its LoRA has another shape")
             p.data.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
         problem.memory.update(state["memory"])
