@@ -296,6 +296,23 @@ def test_the_held_out_record_has_the_error_over_choices(made):
     assert record["change_se_choices"] == {name: pytest.approx(error, rel=1e-3)} and error > 0.01
 
 
+@pytest.mark.parametrize("estimator", ["backprop", "reward_gradient"])
+def test_estimators_that_differentiate_take_a_taste(
+    made, estimator, tmp_path, monkeypatch, capsys
+):
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("sun\nrobot\n")
+    small = "--prompts prompts.txt --pairs 2 --steps 1 --iterations 1 --watch brightness --name x"
+    flags = ["--estimator", f"{ROOT}/studies/baselines.py:{estimator}", "--reward", f"taste:{made[0]}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags, *small.split()])
+    monkeypatch.setattr("support.run.signal.signal", lambda *args: None)
+    train.main()
+    last = json.loads(Path("runs/x/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["grad_norm"] > 0 and last["drift"] > 0 and "held-out taste:" in capsys.readouterr().out
+
+
 def test_what_is_no_taste_is_refused_in_one_line(made, tmp_path, capsys):
     with pytest.raises(
         UserError, match=r"no tastes/nobody/head.safetensors; make one with: .* --name nobody"
