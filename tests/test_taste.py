@@ -297,9 +297,7 @@ def test_the_held_out_record_has_the_error_over_choices(made):
 
 
 @pytest.mark.parametrize("estimator", ["backprop", "reward_gradient"])
-def test_estimators_that_differentiate_take_a_taste(
-    made, estimator, tmp_path, monkeypatch, capsys
-):
+def test_estimators_that_differentiate_take_a_taste(made, estimator, tmp_path, monkeypatch, capsys):
     import train
 
     monkeypatch.chdir(tmp_path)
