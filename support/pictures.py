@@ -5,6 +5,7 @@ import io
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 
 def to_pil(image):
@@ -43,31 +44,41 @@ def save_picture(picture, path, **options):
     part.replace(path)
 
 
-def animate(folder):
-    """Animate the grids of a run folder into evolution.webp."""
-    frames = [Image.open(path).convert("RGB") for path in sorted(Path(folder, "samples").glob("*.png"))]
+def read_grids(folder):
+    """[(iteration, PIL picture)] of the sample grids of a run folder; one that is damaged is left out."""
+    grids = []
+    for path in sorted(Path(folder, "samples").glob("*.png")):
+        try:
+            grids.append((int(path.stem), Image.open(path).convert("RGB")))
+        except Exception as error:  # whatever damage does
+            tqdm.write(f"{path} is damaged ({error}): left out of evolution.webp and report.png")
+    return grids
+
+
+def animate(folder, grids):
+    """Animate the grids of a run folder, at least one, into evolution.webp."""
+    frames = [picture for _, picture in grids]
     times = [1500] + [300] * (len(frames) - 2) + [2500]  # milliseconds; first and last long enough to look at
     options = {"save_all": True, "append_images": frames[1:], "duration": times[: len(frames)], "loop": 0}
     save_picture(frames[0], Path(folder, "evolution.webp"), **options)
 
 
-def report(folder, records, reward):
-    """Draw report.png: the first and last grid of a run, and the curves of its records."""
+def report(folder, grids, records, reward):
+    """Draw report.png: the first and last of a run's grids, and the curves of its records."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    grids = sorted(Path(folder, "samples").glob("*.png"))
     measured, trained = ([r for r in records if r.get(key) is not None] for key in ("change", "reward"))
     x = [r["iteration"] for r in measured]
     figure, axes = plt.subplot_mosaic(
         [["before"] * 2 + ["after"] * 2, ["reward", "watched", "drift", "norm"]],
         figsize=(16, 11), height_ratios=[2.2, 1], layout="constrained",
     )  # fmt: skip
-    for name, path in (("before", grids[0]), ("after", grids[-1])):
-        axes[name].imshow(Image.open(path))
-        axes[name].set_title(f"{name}: iteration {int(path.stem)}, same prompts and noise")
+    for name, (iteration, picture) in (("before", grids[0]), ("after", grids[-1])):
+        axes[name].imshow(picture)
+        axes[name].set_title(f"{name}: iteration {iteration}, same prompts and noise")
         axes[name].axis("off")
     axes["reward"].plot([r["iteration"] for r in trained], [r["reward"] for r in trained], "C0", alpha=0.3)
     if measured[0].get("held_out") is not None:

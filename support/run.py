@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from support.errors import UserError, first_line
 from support.evaluation import gather_rows, plus_minus, process_rank, signs_of_hacking
-from support.pictures import animate, grid, report, save_picture
+from support.pictures import animate, grid, read_grids, report, save_picture
 
 
 def write_whole(path, data):
@@ -191,8 +191,9 @@ class Run:
         """Draw the pictures of the run, and say in one line what was gained."""
         if not self.first:
             return
-        animate(self.folder)
-        report(self.folder, self.records, self.args.reward)
+        if grids := read_grids(self.folder):
+            animate(self.folder, grids)
+            report(self.folder, grids, self.records, self.args.reward)
         first, last = ([r for r in self.records if "change" in r][i] for i in (0, -1))
         gained = changes(last, last["change"])
         if last.get("gain") is not None:

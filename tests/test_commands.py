@@ -120,9 +120,12 @@ def test_killed_and_resumed_gives_the_same_numbers(whole, tmp_path):
     data = bytearray(state.read_bytes())
     data[len(data) // 2] ^= 1
     state.write_bytes(data)
+    picture = folder / "samples" / "000000.png"
+    picture.write_bytes(bytes(len(picture.read_bytes())))
     code, out, err = command("train.py", "--name", "again", "--resume", "--batch", 6, cwd=tmp_path)
     assert code == 0, err
     assert "state.pt is damaged (its checksum is wrong)" in out + err
+    assert "000000.png is damaged" in out and Image.open(folder / "evolution.webp").n_frames == 2
     for one, two in zip(metrics(folder), metrics(whole[0]), strict=True):
         assert one == two if one["iteration"] < 3 else one.keys() == two.keys()
         for key in ("reward", "grad_norm", "drift", "gain", "images", "evaluations"):
