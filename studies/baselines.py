@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector
 
 from fdflow import churned_step, draw_times, micro_batches, normal, sample
 
@@ -46,13 +47,23 @@ def pair_roll_outs(problem, eps, cond, generator, churn):
         yield c, steps, dR.repeat_interleave(2), d.repeat_interleave(2, 0)
 
 
+def spo_loss(dR, d, dv, clip):
+    """SPO's surrogate [B] (Xie et al. 2024), a soft trust region: -dR rho + |dR| / (2 clip) (rho - 1)^2.
+
+    rho = exp(mean(d^2) - mean((dv + d)^2)) stands for the ratio of policies: dv [B, D] is how far the
+    velocity has moved from v_ref, and toward -d it makes the image more likely. At dv = 0, where rho is 1,
+    the gradient is that of the plain pull toward v_ref - dR d, whatever `clip` is.
+    """
+    rho = torch.exp(-(dv * (dv + 2 * d)).mean(1))  # multiplied out, since d is large and dv small
+    return -dR * rho + dR.abs() / (2 * clip) * (rho - 1) ** 2
+
+
 def fdfo_published(problem, eps, cond, generator=None, churn: float = 0.0025, clip: float = 0.03,
                    updates: int = 4):  # fmt: skip
     """FDFO as published: both branches of a pair are trained, at the very steps that led to their images.
 
-    With dR = R_1 - R_2 and d = (x_1 - x_2) / mean((x_1 - x_2)^2) the velocity is pulled from v_ref to v_ref -
-    dR d in a soft trust region, SPO's surrogate (Xie et al. 2024): -dR rho + |dR| / (2 clip) (rho - 1)^2, in
-    which rho = exp(mean(d^2) - mean((v - (v_ref - d))^2)) stands for the ratio of policies.
+    With dR = R_1 - R_2 and d = (x_1 - x_2) / mean((x_1 - x_2)^2) every velocity is pulled toward
+    v_ref - dR d, in the trust region of `spo_loss`.
 
     churn: how far the branches part: the fresh noise in every step
     clip: with several updates, the width of the trust region
@@ -66,9 +77,7 @@ def fdfo_published(problem, eps, cond, generator=None, churn: float = 0.0025, cl
         for c, steps, dR, d in rolls:
             for t, (x, v_ref) in zip(problem.times, steps):
                 dv = (problem.velocity(x, t, c) - v_ref).flatten(1)
-                rho = torch.exp(-(dv * (dv + 2 * d)).mean(1))  # multiplied out, since d is large and dv small
-                loss = -dR * rho + dR.abs() / (2 * clip) * (rho - 1) ** 2
-                (loss.sum() / images / len(steps)).backward()
+                (spo_loss(dR, d, dv, clip).sum() / images / len(steps)).backward()
     return 2 * len(eps)
 
 
@@ -171,16 +180,27 @@ def reinforce(problem, eps, cond, generator=None, noise_level: float = 0.7, trai
     return len(eps)
 
 
-def awm(problem, eps, cond, generator=None, branches: int = 8, times_per_image: int = 1):
+def awm(problem, eps, cond, generator=None, branches: int = 8, times_per_image: int = 1,
+        generalized_huber: bool = False, kl: float = 0.0, average_kl: float = 0.0):  # fmt: skip
     """Advantage Weighted Matching (Xue et al. 2025, arXiv:2509.25050), on-policy.
 
     Flow matching on the model's own images x_0: the loss is A |v(x_t, t) - (noise - x_0)|^2 with fresh noise,
     x_t = (1 - t) x_0 + t noise, and the advantage A of Flow-GRPO: images better than their group become more
-    likely. The sampler needs no noise. DiffusionNFT (arXiv:2509.16117) is a close relative.
+    likely. The sampler needs no noise. DiffusionNFT (arXiv:2509.16117) is a close relative. As published
+    (github.com/scxue/advantage_weighted_matching): --generalized-huber --kl 0.003 --average-kl 1.
 
     branches: images of a group, each from its own noise
     times_per_image: random times at which each image is matched
+    generalized_huber: match by 4 t |v - (noise - x_0)|^(1/2), which large errors move less
+    kl: pull to the base model
+    average_kl: pull to the running average of the weights, whose decay is 0.3
     """
+    pulls = [(kl, problem.lora.switched_off)]
+    if average_kl > 0:
+        theta = parameters_to_vector(problem.lora.parameters).detach()
+        average = 0.3 * problem.memory.get("average", theta).to(theta) + 0.7 * theta
+        problem.memory["average"] = average
+        pulls.append((average_kl, partial(problem.lora.perturbed, (average - theta)[None])))
     for e, c, generators in seeded_batches(problem, branches, eps, cond, generator):
         e, c = normal(generators, e.repeat_interleave(branches, 0)), c.repeat_interleave(branches, 0)
         with torch.no_grad():
@@ -188,7 +208,14 @@ def awm(problem, eps, cond, generator=None, branches: int = 8, times_per_image: 
             A = group_advantages(problem.reward(x_0, c).view(-1, branches))
         each = [g for g in generators for _ in range(branches)]
         for t, noise, x_t in noised(problem, x_0, times_per_image, each):
-            loss = A * ((problem.velocity(x_t, t, c) - (noise - x_0)) ** 2).flatten(1).mean(1)
+            v = problem.velocity(x_t, t, c)
+            error = ((v - (noise - x_0)) ** 2).flatten(1).mean(1)
+            loss = A * (4 * t * (error + 1e-6) ** 0.25 if generalized_huber else error)
+            for weight, other in pulls:
+                if weight > 0:
+                    with torch.no_grad(), other():
+                        v_other = problem.velocity(x_t, t, c)
+                    loss = loss + weight * ((v - v_other) ** 2).flatten(1).mean(1)
             (loss.sum() / (times_per_image * branches * len(eps))).backward()
     return branches * len(eps)
 

@@ -206,6 +206,29 @@ def test_the_kl_of_flow_grpo_is_the_published_one(noise_level, kl):
     torch.testing.assert_close(layer.B.grad, expected)
 
 
+def test_awm_is_pulled_to_the_base_model_and_to_the_average_of_its_weights():
+    problem, layer, w, _ = constant_flow()
+    problem.reward = lambda x, cond: torch.ones_like(cond)  # nothing to learn but the pull
+    first, second = 0.1 * torch.arange(1.0, len(w) + 1).double()[:, None], torch.ones(len(w), 1).double()
+    for B, average in ((first, first), (second, 0.3 * first + 0.7 * second)):
+        layer.B.data, layer.B.grad = B.clone(), None
+        awm(problem, *draw(4, len(w)), seed(0), kl=0.5, average_kl=2.0)
+        torch.testing.assert_close(layer.B.grad, 2 / len(w) * (0.5 * B + 2.0 * (B - average)))
+
+
+def test_the_generalized_huber_loss_of_awm_weighs_errors_down():
+    problem, layer, w, seen = constant_flow()
+    images, calls, velocity, reward = [], [], problem.velocity, problem.reward
+    problem.reward = lambda x, cond: images.append(x) or reward(x, cond)
+    problem.velocity = lambda x, t, cond: calls.append((x, t)) or velocity(x, t, cond)
+    awm(problem, *draw(20, len(w)), seed(0), generalized_huber=True)
+    (x_t, t), A = calls[-1], baselines.group_advantages(seen[0].view(-1, 8))
+    error = velocity(x_t, t, None).detach() - (x_t - images[0]) / t[:, None]  # v - (noise - x_0)
+    # d/dv of 4 t mean(error^2)^(1/4) is t mean(error^2)^(-3/4) 2 error / dim
+    expected = (A * t * error.square().mean(1) ** -0.75)[:, None] * 2 * error / len(w)
+    torch.testing.assert_close(layer.B.grad[:, 0], expected.mean(0), rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("estimator", [fdfo_published, flow_grpo])
 def test_updates_step_in_between(estimator):
     problem, groups, steps = small_problem(), draw(6), []
@@ -330,13 +353,14 @@ def test_baselines_train_from_the_command_line(flags, tmp_path, monkeypatch):
     assert last["images"] == 2 * 4 * images and last["drift"] > 0 and last["grad_norm"] > 0
 
 
-def test_the_running_means_are_resumed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags", ["reinforce", "awm --branches 2 --average-kl 1"])
+def test_what_an_estimator_remembers_is_resumed(flags, tmp_path, monkeypatch):
     runs = []
     for folder, parts in (("whole", ["3"]), ("parts", ["2", "3 --resume"])):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "prompts.txt").write_text("sun\nrobot")
         monkeypatch.chdir(tmp_path / folder)
         for iterations in parts:
-            records = metrics(monkeypatch, f"--estimator {FILE}:reinforce --iterations {iterations}")
+            records = metrics(monkeypatch, f"--estimator {FILE}:{flags} --iterations {iterations}")
         runs.append([(r["evaluations"], r["reward"], r["grad_norm"]) for r in records[1:]])
     assert runs[0] == runs[1] and len(runs[0]) == 3
