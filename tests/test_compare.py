@@ -18,6 +18,8 @@ def records(slope, reward):
     """What a run writes down that gains `slope` at each of four points."""
     change = {"aesthetic": -0.5, "clip": -0.5, "diversity": -0.01, reward: slope}
     for i in range(5):
+        if reward == "aesthetic":  # harm begins after the second point
+            change["clip"] = 0.1 if i < 3 else -0.5
         record = {"iteration": i, "images": 100 * i, "evaluations": 700 * i, "seconds": 3 * (i > 0)}
         yield record | {"gain": slope * i, "change": {name: i * value for name, value in change.items()}}
 
@@ -56,15 +58,16 @@ def test_the_table_says_what_the_runs_say(study, tmp_path):
     assert [seed for _, seed, _ in study].count(100) == 4 and {seed for _, seed, _ in study} == {0, 1, 100}
     lines = (tmp_path / "runs" / "methods.md").read_text().splitlines()
     assert lines[0] == "| --lr | 1.0 | 2.0 |"
-    assert lines[2:4] == ["| ours | +8.00 | -40.00 |", "| theirs | +4.00 | -40.00 |"]
+    assert lines[2:4] == ["| ours | +4.00 | +0.00 |", "| theirs | +2.00 | +0.00 |"]
     assert {name for name, seed, _ in study if seed < 100 and "-lr-2" in name} == set()
-    # ours gains 2 and 2.1 a point, theirs 1 and 1.1: to get to its 4.2 ours needs 4.2 / 2.05 points of 700
-    head = "| aesthetic | gain | clip | diversity | evaluations to reach ours | evaluations to reach theirs |"
+    # ours gains 2 and 2.1 a point, theirs 1 and 1.1; clip falls after the second. To get to +1 ours needs
+    # 1 / 2.05 points of 700
+    head = "| aesthetic | gain without harm | gain at the end | clip | diversity | evaluations to +1 |"
     assert head in lines
-    spread = np.sqrt((0.2**2 + 0.2**2) / 1)  # of 8 and 8.4, the seeds less one
-    row = f"| ours | +8.20 ± {spread:.2f} | -2.00 | -0.040 | 2,800 | {700 * 4.2 / 2.05:,.0f} |"
-    assert row in lines
-    assert f"| theirs | +4.20 ± {spread:.2f} | -2.00 | -0.040 | never | 2,800 |" in lines
+    spread = 0.4 / np.sqrt(2)  # of 8 and 8.4, the seeds less one
+    ours = f"+4.10 ± {spread / 2:.2f} | +8.20 ± {spread:.2f} | -2.00 ± 0.00 | -0.040 | {700 / 2.05:,.0f}"
+    theirs = f"+2.10 ± {spread / 2:.2f} | +4.20 ± {spread:.2f} | -2.00 ± 0.00 | -0.040 | {700 / 1.05:,.0f}"
+    assert f"| ours | {ours} |" in lines and f"| theirs | {theirs} |" in lines
     assert (tmp_path / "runs" / "methods.png").stat().st_size > 10_000
     made = list(study)
     compare.main()
@@ -89,7 +92,7 @@ def test_the_frontier_is_labelled(study, tmp_path, monkeypatch):
     assert rows[1, 3].get_xlabel() == "change in aesthetic, watched"
     assert all("frontier" in axis.get_title() for axis in rows[:, 3:].flat)
     (ours, _) = rows[0, 3].get_lines()
-    np.testing.assert_allclose(ours.get_xdata(), -0.5 * np.arange(5))
+    np.testing.assert_allclose(ours.get_xdata(), [0, 0.1, 0.2, -1.5, -2])
     np.testing.assert_allclose(ours.get_ydata(), 2.05 * np.arange(5))
 
 
