@@ -58,12 +58,10 @@ def read_prompts(path):
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read(10**7)  # /dev/zero has no end
-    except FileNotFoundError as error:
-        raise UserError(f"no prompt file {path}") from error
+        if len(text) == 10**7:
+            raise ValueError("it has over 10 million characters")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a text file of prompts: {first_line(error)}") from error
-    if len(text) == 10**7:
-        raise UserError(f"{path} is not a text file of prompts: it has over 10 million characters")
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise UserError(f"the prompt file {path} is empty; it needs one prompt a line")
@@ -100,12 +98,11 @@ def add_estimator_arguments(parser, name, estimator, models=()):
         default = ": the model's" if option in models else f" {parameter.default}"
         words = f"{text[1] if text else ''} (default{default})".strip().replace("%", "%%")
         flags.append(f"--{option.replace('_', '-')}")
-        kinds = [kind for kind in (bool, int, float) if kind.__name__ in str(parameter.annotation)]
-        kind = kinds[0] if kinds else type(parameter.default)
+        annotated = (kind for kind in (bool, int, float) if kind.__name__ in str(parameter.annotation))
+        kind = next(annotated, type(parameter.default))
         if kind is bool:
             group.add_argument(flags[-1], action="store_true", help=words, default=None)
-        elif kind in (int, float):
-            group.add_argument(flags[-1], type=number(kind, kind is int), help=words)
         else:
-            group.add_argument(flags[-1], help=words)
+            read = number(kind, kind is int) if kind in (int, float) else str
+            group.add_argument(flags[-1], type=read, help=words)
     parser.hint = f"; --estimator {name} takes {', '.join(flags) or 'no flags of its own'}"

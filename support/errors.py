@@ -24,11 +24,6 @@ def why_unreachable(path, error):
     return f"cannot reach model {path}: check its name and the network"
 
 
-def out_of_memory(error):
-    """Whether an error says that there is no memory left; for that of the CPU torch has no class."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
 def run_command(main):
     """Run a command and turn its errors into lines and exit codes."""
     try:
@@ -36,9 +31,10 @@ def run_command(main):
     except UserError as error:
         message = str(error)
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
         gpu = "GPU " * isinstance(error, torch.OutOfMemoryError)
+        # for that of the CPU torch has no class
+        if not (gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+            raise
         message = (
             f"out of {gpu}memory: lower --batch, --size or --rank, or add --checkpointing, then --resume"
         )

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from support.errors import UserError
 
 
-def process_rank():
-    """The number of this process among those of torchrun; 0 if it is alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
+def processes():
+    """(the number of this process among those of torchrun, how many there are): (0, 1) if it is alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def gather_rows(parts):
@@ -104,18 +104,16 @@ class HeldOut:
     def __init__(self, flow, count, reward, watched, embed, batch, seed):
         self.flow, self.reward, self.watched, self.embed = flow, reward, watched, embed
         self.batch, self.base_images, self.base = batch, None, None
-        total = len(flow.prompts)
+        total, (rank, world) = len(flow.prompts), processes()
         chosen = torch.linspace(total - count, total - 1, min(count, 128)).round().long()
         shown = torch.linspace(0, len(chosen) - 1, min(len(chosen), 48)).round().long()
         self.prompts = [flow.prompts[i] for i in chosen[shown].tolist()]
-        world = dist.get_world_size() if dist.is_initialized() else 1
         if len(chosen) < world:
             raise UserError(f"{world} processes need at least as many held-out prompts, not {len(chosen)}")
-        seeds = seed + torch.arange(2 * len(chosen))
-        self.cond = chosen.tensor_split(world)[process_rank()].repeat_interleave(2)
-        mine = torch.arange(len(chosen)).tensor_split(world)[process_rank()]
+        mine = torch.arange(len(chosen)).tensor_split(world)[rank]
+        self.cond = chosen[mine].repeat_interleave(2)
+        self.seeds = (seed + 2 * mine[:, None] + torch.arange(2)).flatten().tolist()
         self.shown = 2 * torch.isin(mine, shown).nonzero()[:, 0]  # the first of a prompt's two images
-        self.seeds = seeds.unflatten(0, (-1, 2)).tensor_split(world)[process_rank()].flatten().tolist()
 
     @torch.no_grad()
     def __call__(self):

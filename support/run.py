@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from support.errors import UserError, first_line
-from support.evaluation import gather_rows, plus_minus, process_rank, signs_of_hacking
+from support.evaluation import gather_rows, plus_minus, processes, signs_of_hacking
 from support.pictures import animate, grid, read_grids, report, save_picture
 
 
@@ -72,7 +72,7 @@ class Run:
         self.args, self.folder = args, Path(args.out, args.name)
         if self.folder.exists() and not args.resume:
             raise UserError(f"the run {self.folder} exists: choose another --name, or add --resume")
-        self.records, self.interrupted, self.first = [], [], process_rank() == 0
+        self.records, self.interrupted, self.first = [], [], processes()[0] == 0
 
     def begin(self, record, pictures, captions):
         """Start with the record and samples of the base model; they are written with the next ones."""
@@ -100,9 +100,9 @@ class Run:
         """Go on from the newest checkpoint that `restore(state)` takes without error, or from the start.
 
         A damaged one, by its checksum or its contents, is passed over for the one before, and that is said.
-        UserError if none is left.
+        The records come from there, too, so damage to metrics.jsonl is mended. UserError if none is left.
         """
-        records, done, damaged, known = read_metrics(self.folder), 0, False, None
+        self.records = [record for record in read_metrics(self.folder) if record["iteration"] == 0][:1]
         for path in (self.folder / "state.pt", self.folder / "state.previous.pt"):
             try:
                 first, data = path.read_bytes().split(b"\n", 1)
@@ -110,17 +110,14 @@ class Run:
                     raise ValueError("its checksum is wrong")
                 state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
                 restore(state)
-                done, known = int(state["iteration"]), state.get("records")
+                self.records = list(map(dict, state["records"]))
                 break
             except FileNotFoundError:
                 continue
             except Exception as error:  # whatever damage does
-                damaged = True
+                self.records = []
                 tqdm.write(f"{path} is damaged ({first_line(error)}): going back to the checkpoint before it")
-        self.records = [record for record in records if record["iteration"] <= done]
-        complete = [record["iteration"] for record in self.records] == list(range(done + 1))
-        complete = complete and known in (None, checksum(self.records))
-        if not complete or (damaged and not done):
+        if not self.records:
             raise UserError(f"{self.folder} cannot be resumed, its files are damaged: start a new run")
         if self.first:
             self.write_metrics(self.folder)
@@ -156,8 +153,7 @@ class Run:
         """Write a checkpoint of tensors and numbers, after the last record; the one before stays."""
         if self.first:
             file, path = io.BytesIO(), self.folder / "state.pt"
-            state |= {"iteration": self.records[-1]["iteration"], "records": checksum(self.records)}
-            torch.save(state, file)
+            torch.save({**state, "records": self.records}, file)
             if path.exists():
                 path.replace(self.folder / "state.previous.pt")
             write_whole(path, checksum(file.getvalue()).encode() + b"\n" + file.getvalue())

@@ -133,14 +133,8 @@ def test_killed_and_resumed_gives_the_same_numbers(whole, tmp_path):
                 assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-5), key
 
 
-@pytest.mark.parametrize(
-    "file, old, new, complaint",
-    [
-        ("config.json", b'"lr": 0.002', b'"lr": 0.003', "config.json was damaged or changed"),
-        ("metrics.jsonl", b'"images": 32', b'"images": 33', "cannot be resumed, its files are damaged"),
-    ],
-)
-def test_a_changed_run_is_not_resumed(file, old, new, complaint, whole, tmp_path, monkeypatch, capsys):
+def resume_changed(file, old, new, whole, tmp_path, monkeypatch):
+    """Resume a copy of the run with other words in one of its files; returns that file."""
     shutil.copytree(whole[0].parent, tmp_path / "runs")
     path = tmp_path / "runs" / whole[0].name / file
     data = path.read_bytes()
@@ -148,9 +142,20 @@ def test_a_changed_run_is_not_resumed(file, old, new, complaint, whole, tmp_path
     path.write_bytes(data.replace(old, new))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", "--name", whole[0].name, "--resume"])
+    run_command(train.main)
+    return path
+
+
+def test_a_run_with_another_configuration_is_not_resumed(whole, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
-        run_command(train.main)
+        resume_changed("config.json", b'"lr": 0.002', b'"lr": 0.003', whole, tmp_path, monkeypatch)
+    complaint = "config.json was damaged or changed"
     assert stop.value.code == 2 and complaint in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_changed_metrics_are_mended(whole, tmp_path, monkeypatch):
+    path = resume_changed("metrics.jsonl", b'"images": 32', b'"images": 33', whole, tmp_path, monkeypatch)
+    assert metrics(path.parent) == metrics(whole[0])
 
 
 def test_a_zero_is_resumed_as_a_zero(tmp_path):
@@ -192,7 +197,7 @@ def test_interrupted_run_saves_and_exits_130(tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "--name x --resume" in out and "Traceback" not in err
-    assert state_of(folder)["iteration"] == metrics(folder)[-1]["iteration"]
+    assert state_of(folder)["records"][-1]["iteration"] == metrics(folder)[-1]["iteration"]
 
 
 def test_a_service_that_goes_down_loses_nothing(tmp_path, monkeypatch, capsys):
@@ -235,7 +240,7 @@ def test_a_service_that_goes_down_loses_nothing(tmp_path, monkeypatch, capsys):
     server.server_close()
     err = capsys.readouterr().err.splitlines()[-1]
     assert "http://127.0.0.1:8766/score did not answer, 2 times: 500" in err
-    assert state_of(tmp_path / "runs" / "x")["iteration"] == 2
+    assert state_of(tmp_path / "runs" / "x")["records"][-1]["iteration"] == 2
     server = serve(100)
     monkeypatch.setattr(sys, "argv", ["train.py", "--name", "x", "--resume"])
     assert run() == 0
@@ -322,7 +327,7 @@ BAD = {
     "--model some/where": "cannot reach model some/where",
     "--model empty": "no model_index.json",
     "--layers nothing": "nothing",
-    "--prompts missing.txt": "no prompt file missing.txt",
+    "--prompts missing.txt": "missing.txt is not a text file of prompts: [Errno 2] No such file",
     "--prompts empty.txt": "empty.txt is empty",
     "--prompts picture.bin": "picture.bin is not a text file",
     "--prompts /dev/zero": "over 10 million characters",

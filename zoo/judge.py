@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from support.errors import UserError
-from support.evaluation import gather_rows, process_rank
+from support.evaluation import gather_rows, processes
 from support.pictures import png
 from support.run import warn
 from zoo.http import Http
@@ -173,7 +173,7 @@ class Answers:
             judge.answers = self
         if limit and not self.judges:
             raise UserError("--max-requests: there is no judge in --reward or --watch")
-        self.rank, self.world = process_rank(), dist.get_world_size() if dist.is_initialized() else 1
+        self.rank, self.world = processes()
         self.limit = limit // self.world if limit else math.inf
         self.values, self.spent = {}, Counter(requests=0, tokens=0)
         self.path, self.lock = None, threading.Lock()
