@@ -26,9 +26,10 @@ from support.pictures import grid, save_picture
 from support.run import read_config, warn, write_whole
 from train import seeded, split_prompts
 from zoo.human import Human, append_line
-from zoo.taste import LEAST, Taste, clip_facts, fit
+from zoo.taste import Taste, clip_name, fit
 
 KEYS = ("model", "steps", "guidance", "size", "prompts")  # the same for all choices of a taste
+LEAST = 10  # choices that a head needs
 AHEAD = 64  # pairs that are drawn ahead, for the next to be chosen among
 
 
@@ -68,10 +69,11 @@ def answers(folder):
 
 def import_answers(source, folder):
     """Add the choices of a run with their pictures to those of a taste."""
-    if not (new := answers(source)):
+    new, had = answers(source), answers(folder)
+    if not new:
         raise UserError(f"{source} has no choices: name a run of --reward human in which some were made")
     (folder / "preferences").mkdir(exist_ok=True)
-    for key in [key for key in new if key not in answers(folder)]:
+    for key in [key for key in new if key not in had]:
         picture = Path("preferences", f"{key}.png")
         write_whole(folder / picture, Path(source, picture).read_bytes())
         append_line(folder / "preferences.jsonl", json.dumps({"key": key, "choice": new[key]}))
@@ -118,8 +120,7 @@ class Choices:
         self.right = (unseen[y == 1] > 0).double().mean().item()
         smooth = (self.right * self.clear + 1) / (self.clear + 2)  # so that no error is 0
         self.error = math.sqrt(smooth * (1 - smooth) / self.clear)
-        name, dimension = clip_facts(self.clip)
-        about = {"clip": name, "dimension": dimension, "choices": self.clear, "right": self.right}
+        about = {"clip": clip_name(self.clip), "choices": self.clear, "right": self.right}
         tensors = {key: getattr(self.taste, key) for key in ("weight", "covariance", "mean")}
         write_whole(self.folder / "head.safetensors", save(tensors, {"taste": json.dumps(about)}))
 
@@ -212,29 +213,22 @@ def main():
     clip = load_clip(beside if (beside / "tiny-clip").is_dir() else None, args.device)
     prompts = split_prompts(args.prompts)[0]
     flow = None if args.source else load_flow(model, args, prompts)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    config = json.dumps({key: getattr(args, key) for key in KEYS}, indent=2)
+    write_whole(args.folder / "config.json", f"{config}\n".encode())
+    if args.source:
+        import_answers(args.source, args.folder)
+    choices = Choices(args.folder, clip, int(args.size.split("x")[0]))
+    choices.fit()
     try:
-        args.folder.mkdir(parents=True, exist_ok=True)
-        config = json.dumps({key: getattr(args, key) for key in KEYS}, indent=2)
-        write_whole(args.folder / "config.json", f"{config}\n".encode())
-        if args.source:
-            import_answers(args.source, args.folder)
-        choices = Choices(args.folder, clip, int(args.size.split("x")[0]))
-        choices.fit()
-        try:
-            if flow:
-                ask(args, flow, prompts, choices)
-        finally:  # after Ctrl-C as well
-            print(f"{len(choices.images)} choices in {args.folder}. {choices.words()}")
-            if choices.taste:
-                choices.draw_extremes()
-                reward = f"taste:{args.name if args.out == 'tastes' else args.folder}"
-                print(
-                    f"see {args.folder / 'best-and-worst.png'}; to train: python train.py --reward {reward}"
-                )
-    except OSError as error:  # a full disk, a file that is gone
-        raise UserError(
-            f"{first_line(error)}; what was chosen is kept: mend this, then start again"
-        ) from error
+        if flow:
+            ask(args, flow, prompts, choices)
+    finally:  # after Ctrl-C as well
+        print(f"{len(choices.images)} choices in {args.folder}. {choices.words()}")
+        if choices.taste:
+            choices.draw_extremes()
+            reward = f"taste:{args.name if args.out == 'tastes' else args.folder}"
+            print(f"see {args.folder / 'best-and-worst.png'}; to train: python train.py --reward {reward}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ def run_command(main):
             f"out of {gpu}memory: lower --batch, --size or --rank, or add --checkpointing, then --resume"
         )
     except OSError as error:  # a full disk, a folder that is gone
-        message = f"{first_line(error)}; what was saved before is whole: mend this, then go on with --resume"
+        message = f"{first_line(error)}; what was saved before is whole: mend this, then start again"
+        message += ", a training with --resume"
     except KeyboardInterrupt:
         sys.exit(130)
     else:

@@ -341,7 +341,7 @@ def test_a_service_scores_images(server):
         ("garbled", 1, "did not answer with JSON"),
         ("deep", 1, "did not answer with JSON"),
         ("digits", 1, "must return numbers, not list: int too large"),
-        ("text", 1, "must answer with a list of numbers, not str"),
+        ("text", 1, "must return numbers, not str"),
         ("words", 1, "must return numbers, not list"),
         ("short", 1, r"must return \[2\] numbers, not \[1\]"),
     ],
@@ -517,9 +517,7 @@ def test_ctrl_c_ends_the_waiting_at_once_and_keeps_the_answers(tmp_path):
 def test_the_page_is_safe_from_other_pages_and_silent_callers(tmp_path, monkeypatch):
     assert 0 < zoo.human.Handler.timeout <= 60
     url = Human(branches=2, groups=1).open(tmp_path)
-    headers = requests.get(url).headers
-    assert headers["X-Frame-Options"] == "DENY"
-    assert headers["Content-Security-Policy"] == "frame-ancestors 'none'"
+    assert requests.get(url).headers["Content-Security-Policy"] == "frame-ancestors 'none'"
     head = b"POST /answer HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     monkeypatch.setattr(zoo.human.Handler, "timeout", 5)
     for length in (b"-1", b"1001", b"many", b""):  # answered without waiting for what does not come

@@ -6,12 +6,11 @@ list of one number for each image, higher being better.
 
 import itertools
 import json
+import multiprocessing.pool
 import random
 import re
 import socket
-import threading
 import time
-from concurrent import futures
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
@@ -24,7 +23,7 @@ from support.pictures import png
 
 class Http:
     """The reward of a service at `url`. UserError if that is no address, if the service stays down, or if it
-    does not answer with a list.
+    does not answer with JSON.
 
     timeout: seconds for a whole answer. It is asked `attempts` times at most, after pauses of about pause,
     2 pause, 4 pause ... seconds, or as long as it says, 60 seconds at most. No redirect is followed, and no
@@ -46,47 +45,27 @@ class Http:
         self.name, self.headers = f"reward {url}", {}
 
     def __call__(self, images, prompts):
-        body = {"images": [png(image) for image in images], "prompts": list(prompts)}
-        text = self.ask(body)
+        answer = self.ask({"images": [png(image) for image in images], "prompts": list(prompts)})
         try:
-            R = json.loads(text)
+            return json.loads(answer)
         except (ValueError, RecursionError) as error:
             raise UserError(f"reward {self.url} did not answer with JSON: {first_line(error)}") from error
-        if not isinstance(R, list):
-            raise UserError(f"reward {self.url} must answer with a list of numbers, not {type(R).__name__}")
-        return R
 
     def ask(self, body):
         """What `post` returns; asked again after an error of requests. UserError after the last attempt."""
         for attempt in itertools.count(1):
-            try:
-                return self.post_in_time(body)
-            except requests.RequestException as error:
-                reason, wait = first_line(error).rpartition("Caused by ")[2], retry_after(error.response)
+            # a thread, which is left alone after its time-out: that of requests starts anew with every byte
+            with multiprocessing.pool.ThreadPool(1) as thread:
+                try:
+                    return thread.apply_async(self.post, [body]).get(self.timeout)
+                except multiprocessing.TimeoutError:
+                    reason, wait = f"timed out after {self.timeout} s", 0
+                except requests.RequestException as error:
+                    reason, wait = first_line(error).rpartition("Caused by ")[2], retry_after(error.response)
             if attempt >= self.attempts:
                 raise UserError(f"{self.name} did not answer, {attempt} times: {reason}")
             # by chance, so that not all who ask do so again at the same time
             time.sleep(min(60, max(wait, self.pause * 2 ** (attempt - 1) * random.uniform(1, 1.5))))
-
-    def post_in_time(self, body):
-        """What `post` returns. requests.Timeout if it takes too long.
-
-        The time-out of requests starts anew with every byte that comes. So the request has a thread of its
-        own, which is left alone when its time is over.
-        """
-        answer = futures.Future()
-
-        def post():
-            try:
-                answer.set_result(self.post(body))
-            except Exception as error:
-                answer.set_exception(error)
-
-        threading.Thread(target=post, daemon=True).start()
-        try:
-            return answer.result(self.timeout)
-        except futures.TimeoutError as error:
-            raise requests.Timeout(f"timed out after {self.timeout} s") from error
 
     def post(self, body):
         """The bytes of an answer. An error of requests if there is none, UserError if it breaks the rules."""

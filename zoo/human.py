@@ -120,7 +120,7 @@ def append_line(path, text):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET / is the page, GET /group what to compare, POST /answer the choice; for a browser right here."""
+    """GET /group is what to compare, any other GET the page, POST the choice; for a browser right here."""
 
     timeout = 10  # seconds that a browser may say nothing
 
@@ -128,10 +128,8 @@ class Handler(BaseHTTPRequestHandler):
         group = self.human.first()
         if not self.from_here():
             self.send(403)
-        elif self.path == "/":
-            self.send(200, PAGE.read_bytes(), "text/html; charset=utf-8")
         elif self.path != "/group":
-            self.send(404)
+            self.send(200, PAGE.read_bytes(), "text/html; charset=utf-8")
         elif group is None:
             self.send(204)
         else:
@@ -141,8 +139,6 @@ class Handler(BaseHTTPRequestHandler):
         # pages from elsewhere cannot send this type without asking first, which is not granted
         if not self.from_here() or self.headers["Content-Type"] != "application/json":
             return self.send(403)
-        if self.path != "/answer":
-            return self.send(404)
         try:
             length = int(self.headers["Content-Length"])
             if not 0 <= length <= 1000:
@@ -164,7 +160,6 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Security-Policy", "frame-ancestors 'none'")  # no click through another page
-        self.send_header("X-Frame-Options", "DENY")
         self.end_headers()
         self.wfile.write(body)
 

@@ -58,7 +58,7 @@ class Judge(Http):
         self.bounds = sorted(map(int, scale.groups())) if scale else None
         self.model, self.question, self.at = model, question, at
         self.samples = samples or (1 if self.bounds else 5)
-        self.answers, self.errors = Answers(), []
+        self.answers = Answers()
         self.refused, self.top = set(), 20  # fields that the service refuses; logprobs it is asked for
         self.reached = self.no_logprobs = self.astray = False  # what it turns out to do
 
@@ -81,20 +81,20 @@ class Judge(Http):
 
     def answer_all(self, jobs):
         """Answer (key, body) of each question. After an error no more are begun; those under way are kept."""
-        self.errors = []
+        errors = []
 
         def work(job):
             try:
-                if not self.errors:
+                if not errors:
                     self.answers.add(values={job[0]: self.score(job[1])})
             except UserError as error:
-                self.errors.append(error)
+                errors.append(error)
 
         with ThreadPool(self.at) as pool:  # a second Ctrl-C ends the process, whatever its threads do
             pool.map(work, jobs, chunksize=1)
-        if self.errors:
+        if errors:
             hint = "; mend this, then go on with --resume" if self.answers.path else ""
-            raise UserError(f"{self.errors[0]}{hint}")
+            raise UserError(f"{errors[0]}{hint}")
 
     def score(self, body):
         """The value of what a question is answered; NaN if that is nothing of use."""

@@ -16,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 from support.errors import UserError, first_line
 from support.run import warn
 
-LEAST = 10  # choices that a head needs
 PRECISIONS = torch.logspace(3, -4, 15).tolist()  # of the prior, strong to weak
 
 
@@ -96,27 +95,23 @@ def load(clip, *options):
         with safe_open(folder / "head.safetensors", "pt") as file:
             tensors = [file.get_tensor(key) for key in ("weight", "covariance", "mean")]
             about = json.loads(file.metadata()["taste"])
-        choices, known = int(about["choices"]), (about["clip"], int(about["dimension"]))
-        right = float(about["right"])
-        error = math.sqrt(right * (1 - right) / max(choices, 1))
+        known, right = about["clip"], float(about["right"])
+        error = math.sqrt(right * (1 - right) / max(int(about["choices"]), 1))
     except FileNotFoundError as error:
         make = f"make one with: python -m studies.taste --name {folder.name}"
         raise UserError(f"reward taste:{name}: there is no {folder / 'head.safetensors'}; {make}") from error
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise UserError(f"reward taste:{name}: {folder} is damaged: {first_line(error)}") from error
-    D = known[1]
+    if known != (here := clip_name(clip)):
+        raise UserError(f"reward taste:{name}: it was fitted on {known}, and this model has {here}")
+    D = clip.model.config.projection_dim
     if [list(t.shape) for t in tensors] != [[D], [D, D], [D]] or not all(t.isfinite().all() for t in tensors):
-        raise UserError(f"reward taste:{name}: {folder} is damaged: its tensors are not those of a taste")
-    if known != (here := clip_facts(clip)):
-        asked, has = (f"{name} of dimension {size}" for name, size in (known, here))
-        raise UserError(f"reward taste:{name}: it was fitted on {asked}, and this model has {has}")
-    if choices < LEAST:
-        raise UserError(f"reward taste:{name}: {choices} choices are too few, {LEAST} are the least")
+        raise UserError(f"reward taste:{name}: {folder} is damaged, or from another {here}")
     if right - 2 * error < 0.5:  # it would train all the same, in some direction
         warn(f"taste:{name} predicts {100 * right:.0f} % of choices it has not seen: that may be guessing")
     return Taste(*tensors, clip)
 
 
-def clip_facts(clip):
-    """By which a CLIP is known again: its name and the dimension of its embeddings."""
-    return Path(clip.model.name_or_path).name, clip.model.config.projection_dim
+def clip_name(clip):
+    """By which a CLIP is known again."""
+    return Path(clip.model.name_or_path).name
