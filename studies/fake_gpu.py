@@ -160,10 +160,10 @@ def is_device(a, kind):
 
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
-    """The kernel of the CPU where it can: for meta PyTorch takes the formula, which needs more memory."""
+    """The kernel of the GPU, where it can: for meta PyTorch takes the formula, which needs more memory."""
     if attn_mask is not None or query.dim() != 4 or not isinstance(query, GPUTensor):
         return formula(query, key, value, attn_mask, dropout_p, is_causal, **options)
-    kernel, scale = aten._scaled_dot_product_flash_attention_for_cpu, options.get("scale")
+    kernel, scale = aten._scaled_dot_product_flash_attention, options.get("scale")
     return kernel(query, key, value, dropout_p, is_causal, scale=scale)[0]
 
 
@@ -194,7 +194,8 @@ def fake_gpu(shapes_only=False):
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *args, a=answer, **options: a))
         stack.enter_context(mock.patch("torch.Generator", Generator))
         stack.enter_context(mock.patch("torch.Tensor.backward", backward))
-        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
+        if shapes_only:
+            stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
         stack.enter_context(Operators(META if shapes_only else CPU))
         stack.enter_context(Functions())
         yield

@@ -7,11 +7,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-# torch counts the attention of the GPU only
-attention, aten = "_scaled_dot_product_flash_attention", torch.ops.aten
-for end in ("", "_backward"):
-    flop_registry[getattr(aten, f"{attention}_for_cpu{end}")] = flop_registry[getattr(aten, attention + end)]
-
 
 class Profiler(TorchDispatchMode):
     """A table {phase: [seconds, operations, peak bytes]}, each without those of the phases inside it."""
