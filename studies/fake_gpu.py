@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 # to PyTorch's C++ our tensors are on "meta", the only device that has autograd and needs no driver
 CPU, GPU, META = (torch.device(name) for name in ("cpu", "cuda:0", "meta"))
-formula = F.scaled_dot_product_attention
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index)
 
 
@@ -160,9 +159,8 @@ def is_device(a, kind):
 
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
-    """The kernel of the GPU, where it can: for meta PyTorch takes the formula, which needs more memory."""
-    if attn_mask is not None or query.dim() != 4 or not isinstance(query, GPUTensor):
-        return formula(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    """The kernel of the GPU, which takes no mask; for meta PyTorch has the formula, with more memory."""
+    assert attn_mask is None
     kernel, scale = aten._scaled_dot_product_flash_attention, options.get("scale")
     return kernel(query, key, value, dropout_p, is_causal, scale=scale)[0]
 
