@@ -26,9 +26,8 @@ def write_whole(path, data):
     part.replace(path)
 
 
-def checksum(content):
-    """SHA-256 of bytes, or of what is to become JSON."""
-    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+def checksum(data):
+    """SHA-256 of bytes, in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -39,7 +38,7 @@ def read_config(folder, keys=None):
         config = dict(json.loads(path.read_text(encoding="utf-8")).items())
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder} is not the folder of a run: {first_line(error)}") from error
-    if config.pop("checksum", None) not in (None, checksum(config)):
+    if config.pop("checksum", None) not in (None, checksum(json.dumps(config).encode())):
         raise UserError(f"{path} was damaged or changed, by its checksum: undo that, or start a new run")
     flags = [(f"--{k.replace('_', '-')}", v) for k, v in config.items() if keys is None or k in keys]
     # 0 is one of the values, though it equals False
@@ -91,7 +90,7 @@ class Run:
     def write_metrics(self, folder):
         """Write the configuration, and the records so far."""
         config = {key: value for key, value in vars(self.args).items() if key != "resume"}
-        config["checksum"] = checksum(config)
+        config["checksum"] = checksum(json.dumps(config).encode())
         write_whole(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         lines = "".join(json.dumps(record) + "\n" for record in self.records)
         write_whole(folder / "metrics.jsonl", lines.encode())
