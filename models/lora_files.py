@@ -1,16 +1,14 @@
 """LoRA files in the format of diffusers, and which layers to put a LoRA around."""
 
 import hashlib
-import json
-import math
 import re
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
-from fdflow import LoRA
 from support.errors import UserError, first_line
 from support.run import write_whole
 
@@ -18,12 +16,6 @@ LAYERS = {  # how names of layers end; in SD3 and Flux, of both streams
     "attention": ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"],
     "last": ["to_v", "to_out.0"],
     "modulation": ["norm1.linear", "norm1_context.linear", "norm.linear", "time_emb_proj"],
-}
-BEYOND = {  # what a file is that has such keys
-    "lora_te|text_encoder": "adapts a text encoder, which is not done here",
-    "magnitude|dora_scale": "is a DoRA, which is not supported",
-    "bias": "adapts biases, which is not supported",
-    "lora_down|lora_up|lora_unet": "is in kohya's layout: load it in diffusers, then pipe.save_lora_weights",
 }
 
 
@@ -64,72 +56,55 @@ def checksum(tensors):
 
 
 def load_lora(flow, path):
-    """Put a LoRA file, or that of a run folder, around the layers of `flow.network`; returns the LoRA.
+    """Let diffusers put a LoRA file, or that of a run folder, around layers of `flow.network`.
 
-    UserError if it holds more than can be applied here, or does not fit the network.
+    Whatever `pipe.load_lora_weights` reads for this model; UserError if it reads none of it, or not all.
     """
     path = Path(path)
     if path.is_dir():  # the second is the name diffusers gives its own
         names = ("lora.safetensors", "pytorch_lora_weights.safetensors")
         path = next((path / name for name in names if (path / name).exists()), path / names[0])
+    base = {id(p) for p in flow.network.parameters()}
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-            about = file.metadata() or {}
-        if about.get("sha256", checksum(tensors)) != checksum(tensors):
-            raise ValueError("it is damaged, its checksum is wrong")
-        metadata = dict(json.loads(about.get("lora_adapter_metadata", "{}")))
+        tensors, configured = read_tensors(path)
+        flow.pipe.load_lora_weights(str(path) if configured else tensors, use_safetensors=True)
+        added = {name: p for name, p in flow.network.named_parameters() if id(p) not in base}
+        (A, others), (A_of_file, others_of_file) = numbers(added), numbers(tensors)
+        # where diffusers splits a layer, each part gets all of A; on "meta" is what the file does not have
+        complete = A >= A_of_file and others == others_of_file and not any(p.is_meta for p in added.values())
+        if not added or not complete:
+            raise ValueError("it does not fit, some of its numbers are left over or missing")
+        scales = [s for m in flow.network.modules() for s in getattr(m, "scaling", {}).values()]
+        if not torch.tensor(scales).isfinite().all():
+            raise ValueError("it has an alpha that is not finite")
     except FileNotFoundError as error:
         raise UserError(f"no LoRA at {path}") from error
-    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{path} is not a LoRA file: {first_line(error)}") from error
-    try:
-        layers = matrices_and_scales(flow, tensors, metadata)
-    except ValueError as error:
-        raise UserError(f"the LoRA {path} {first_line(error)}") from error
-    lora = LoRA(flow.network, list(layers), rank=1)
-    for name, (A, B, scale) in layers.items():
-        layer = lora.layers[name]
-        layer.A.data, layer.B.data, layer.scale = A.to(layer.A), B.to(layer.B), scale
-    return lora
+    except Exception as error:  # whatever safetensors, diffusers and peft raise
+        raise UserError(f"{path} is no LoRA for this model: {first_line(error)}") from error
+    flow.network.eval().requires_grad_(False)
 
 
-def matrices_and_scales(flow, tensors, metadata):
-    """{name of a layer: (A [rank, in], B [out, rank], scale)} of a LoRA file; ValueError: what is wrong."""
-    parts, start = {}, f"{flow.network_name}."
+def read_tensors(path):
+    """The tensors of a LoRA file, alpha / rank in B, and whether it has a configuration; or ValueError."""
+    with safe_open(path, "pt") as file:
+        tensors, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    if about.get("sha256", checksum(tensors)) != checksum(tensors):
+        raise ValueError("it is damaged, its checksum is wrong")
     for key, tensor in tensors.items():
-        match = re.fullmatch(rf"{flow.network_name}\.(.+)\.(lora_A\.weight|lora_B\.weight|alpha)", key)
-        if not match:
-            known = [text for part, text in BEYOND.items() if re.search(part, key)]
-            raise ValueError(f"{known[0] if known else 'does not fit this model'} ({key})")
-        if tensor.ndim == 4:
-            raise ValueError(f"adapts convolutions, which is not supported ({key})")
-        whole = match[2] != "alpha" and not tensor.is_floating_point()
+        if key.startswith(("text_encoder", "lora_te")):
+            raise ValueError(f"it adapts a text encoder, too, which is not done here ({key})")
+        whole = not (tensor.is_floating_point() or key.endswith(".alpha"))
         if whole or not tensor.float().isfinite().all():
-            raise ValueError(f"is damaged: {key} has numbers that are not finite floats")
-        parts.setdefault(match[1], {})[match[2]] = tensor
-    config = {key.removeprefix(start): value for key, value in metadata.items() if key.startswith(start)}
-    usual = {"init_lora_weights": (True, "gaussian", "eva", "orthogonal")}  # others change the base model
-    for key in ("use_dora", "lora_bias", "init_lora_weights"):
-        if config.get(key) not in (None, False, *usual.get(key, ())):
-            raise ValueError(f"has {key} {config[key]}, which is not supported")
-    layers, modules = {}, dict(flow.network.named_modules())
-    for name, part in parts.items():
-        A, B, base = part.get("lora_A.weight"), part.get("lora_B.weight"), modules.get(name)
-        if A is None or B is None:
-            raise ValueError(f"is incomplete: {name} has no {'A' if A is None else 'B'}")
-        rank, linear = A.shape[0] if A.ndim else 0, isinstance(base, nn.Linear)
-        if not (rank and linear and A.shape[1:] + B.shape == (base.in_features, base.out_features, rank)):
-            raise ValueError(f"does not fit this model at {name}")
-        try:
-            patterns = (config.get("alpha_pattern") or {}).items()
-            alphas = [alpha for end, alpha in patterns if re.match(rf"(.*\.)?({end})$", name)]
-            alpha = float(part.get("alpha", [*alphas, config.get("lora_alpha", rank)][0]))
-        except (TypeError, ValueError, AttributeError, RuntimeError, re.error):
-            alpha = math.nan
-        if not math.isfinite(alpha):
-            raise ValueError(f"has no number for the alpha of {name}")
-        layers[name] = A, B, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    if not layers:
-        raise ValueError("is empty")
-    return layers
+            raise ValueError(f"it is damaged: {key} has numbers that are not finite floats")
+    # diffusers 0.42 applies the alphas of some layouts to other layers, or to none
+    for key in [key for key in tensors if re.search(r"lora_(B|up)\.weight$", key)]:
+        rank = tensors[key].shape[1]
+        alpha = tensors.pop(re.sub(r"lora_\w+\.weight$", "alpha", key), torch.tensor(rank))
+        tensors[key] = tensors[key].float() * (alpha.item() / rank)
+    return tensors, "lora_adapter_metadata" in about
+
+
+def numbers(tensors):
+    """How many numbers are in the matrices A of tensors {name: tensor}, and how many in all others."""
+    A = sum(t.numel() for name, t in tensors.items() if re.search(r"lora_A|down\.weight", name))
+    return A, sum(t.numel() for t in tensors.values()) - A

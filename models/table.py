@@ -1,5 +1,6 @@
 """The models that have names, what suits them by default, their flags, and how to load one."""
 
+import logging
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +13,9 @@ from support.commands import number, size
 from support.errors import UserError, first_line, why_unreachable
 
 for library in (transformers, diffusers):
-    library.logging.set_verbosity_error()
+    library.logging.set_verbosity(logging.CRITICAL)  # an error is raised, too
     library.logging.disable_progress_bar()
-warnings.filterwarnings("ignore", module="huggingface_hub")
+warnings.filterwarnings("ignore", module="huggingface_hub|peft")
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 
