@@ -111,11 +111,9 @@ def check_device(device):
 
 def find_model(name):
     """The Model for an alias, a hub id or a local folder; UserError if it is none of them."""
-    if name in MODELS:
-        return MODELS[name]
-    for model in MODELS.values():
-        if name == model.path or Path(name).resolve() == Path(model.path):
-            return model
+    named = MODELS | {model.path: model for model in MODELS.values()}
+    if name in named:
+        return named[name]
     if not Path(name).is_dir() and name.count("/") != 1:
         raise UserError(f"model {name!r} is no folder, no hub id and none of {', '.join(MODELS)}")
     like = LIKE[read_index(name)["_class_name"]]
@@ -128,8 +126,6 @@ def find_model(name):
 
 def read_index(path):
     """The index of a pipeline, from a folder or the hub; UserError if there is none or of no known class."""
-    if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
-        raise UserError(f"{path} is not a diffusers pipeline: it has no model_index.json")
     index = loaded(path, lambda: dict(diffusers.DiffusionPipeline.load_config(path)))
     kind = index.get("_class_name")
     if kind not in [*LIKE]:
@@ -148,8 +144,6 @@ def load_pipeline(model, dtype, encoder=None):
     left_out = {*text_encoders(index), "safety_checker", *(["transformer", "unet", "vae"] if encoder else [])}
     left_out.discard(encoder)
     absent = {part: None for part, kind in index.items() if kind == [None, None] or part in left_out}
-    if "safety_checker" in index:
-        absent["requires_safety_checker"] = False
     variant = model.variant
     if Path(path).is_dir():
         files = [file.name for file in Path(path).glob("*/*.safetensors")]

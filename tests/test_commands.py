@@ -325,7 +325,7 @@ BAD = {
     "--branches 1 --iterations 1": "at least 2 branches",
     "--model nowhere": "none of tiny",
     "--model some/where": "cannot reach model some/where",
-    "--model empty": "no model_index.json",
+    "--model empty": "no file named model_index.json",
     "--layers nothing": "nothing",
     "--prompts missing.txt": "missing.txt is not a text file of prompts: [Errno 2] No such file",
     "--prompts empty.txt": "empty.txt is empty",

@@ -825,7 +825,7 @@ def test_models_that_cannot_be_loaded_say_why(folders, tmp_path):
     assert "none of tiny, sd3" in complaint("nowhere")
     assert "cannot reach model stabilityai/stable-diffusion-3.5-medium" in complaint("sd3.5")
     (tmp_path / "empty").mkdir()
-    assert "no model_index.json" in complaint(tmp_path / "empty")
+    assert "no file named model_index.json" in complaint(tmp_path / "empty")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
     assert "is a KandinskyPipeline; known are StableDiffusion3Pipeline" in complaint(tmp_path / "other")
