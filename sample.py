@@ -24,7 +24,7 @@ def parse_args():
     add("--prompts", metavar="FILE", help="a text file with one prompt a line")
     add("--n", type=number(int, 1, 10_000), default=4, help="images of each prompt (default 4)")
     add("--seed", type=number(int, 0, 10**9), default=0, help="image i has noise seed + i (default 0)")
-    add("--lora", help="a run folder, which also sets model, steps, guidance and size, or any LoRA file")
+    add("--lora", help="a run folder, which also sets model, steps, guidance and size, or a LoRA file")
     add("--out", default="sample.png", help="the picture to write (default sample.png)")
     add("--compare", action="store_true", help="base model | with LoRA, for the same noise")
     add_model_arguments(parser)
