@@ -310,7 +310,8 @@ def file(rng, folder):
             wrong = "silently another picture"
         return wrong, f"sample, {name}: {ended[0]}", how
     names += ["metrics.jsonl", "state.pt", "state.pt", "state.previous.pt", "samples/000002.png"]
-    hows = {name: hostile.damage(rng, run / name) for name in {*rng.sample(names, rng.choice([1, 1, 1, 2]))}}
+    drawn = dict.fromkeys(rng.sample(names, rng.choice([1, 1, 1, 2])))
+    hows = {name: hostile.damage(rng, run / name) for name in drawn}
     code, out, err = quick(folder, [*RESUME, "--iterations", "4"], rng=rng)
     wrong = complaint("train", code, out, re.sub(".* is damaged .*", "", err))
     if not wrong and code == 0:

@@ -117,7 +117,10 @@ def damage(rng, path):
         for _ in range(1 if kind == "bit" else 20):
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     elif kind == "zeros":
-        data[at : at + size] = bytes(len(data[at : at + size]))
+        if any(data[at : at + size]):
+            data[at : at + size] = bytes(len(data[at : at + size]))
+        else:  # where all is zero already
+            data[at] = 1
     elif kind == "cut":
         del data[at:]
     elif kind == "garbage":
