@@ -324,6 +324,7 @@ BAD = {
     "--estimator spsa --churn 0.5": "--estimator spsa takes --h, --directions",
     "--branches 1 --iterations 1": "at least 2 branches",
     "--model nowhere": "none of tiny",
+    "--model round": "none of tiny",
     "--model some/where": "cannot reach model some/where",
     "--model empty": "no file named model_index.json",
     "--layers nothing": "nothing",
@@ -379,6 +380,7 @@ def test_bad_arguments_end_in_one_line(flags, tmp_path, monkeypatch, capsys):
     )
     (tmp_path / "picture.bin").write_bytes(b"\x89PNG\xff\xfe\x00")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "round").symlink_to("round")
     configs = {"taken": '{"lr": 0.0005, "out": "runs", "name": "taken"}', "list": "[1]"}
     configs |= {"odd": '{"nonsense": 3}', "steep": '{"lr": 7.0}'}
     for name, text in configs.items():
