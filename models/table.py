@@ -43,11 +43,11 @@ class Model:
 
 
 TINY_PATH = str(TINY / "tiny-sd3")
-TINY_TRAINING = {"layers": "modulation", "iterations": 64, "tokens": 1}
+TINY_TRAINING = {"layers": "modulation", "iterations": 90, "tokens": 1}
 TURBO = {"steps": 4, "churn": 0.025, "batch": 16, "variant": "fp16"}
 SDXL = {"guidance": 5, "train_steps": 8, "batch": 4, "variant": "fp16"}
 MODELS = {
-    "tiny": Model(TINY_PATH, 4, "64", 1, 5e-4, 32, 1, 0.05, 1, kl=1, batch=64, **TINY_TRAINING),
+    "tiny": Model(TINY_PATH, 4, "64", 1, 4e-4, 32, 1, 0.05, 1, kl=0.7, batch=64, **TINY_TRAINING),
     "sd3": Model("stabilityai/stable-diffusion-3-medium-diffusers", 28, train_steps=7),
     "sd3.5": Model("stabilityai/stable-diffusion-3.5-medium", 40, train_steps=10),
     "sd3.5-large": Model("stabilityai/stable-diffusion-3.5-large", 40, train_steps=10, batch=8),
@@ -93,6 +93,8 @@ def fill_defaults(args):
     model = find_model(args.model)
     args.steps, args.size = args.steps or model.steps, args.size or model.size
     args.guidance, args.batch = args.guidance or model.guidance, args.batch or model.batch
+    if getattr(args, "rollout_steps", 0) is None:  # of training alone
+        args.rollout_steps = min(model.rollout_steps or args.steps, args.steps)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.dtype is None and args.device.startswith("cuda"):  # cards before 2020 only emulate bfloat16
         native = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -60,6 +60,7 @@ def main():
     parser = Parser(description=__doc__)
     add_model_arguments(parser)
     add_estimator_arguments(parser, "fdfo", fdfo)
+    parser.add_argument("--rollout-steps", type=number(int, 1), help="sampling steps (default: the model's)")
     parser.add_argument("--pairs", type=number(int, 1), help="noises (default: what fills one batch)")
     parser.add_argument("--rank", type=number(int, 1), default=32, help="of the LoRA (default 32)")
     parser.add_argument("--estimate", action="store_true", help="count from the shapes alone")
@@ -73,7 +74,7 @@ def main():
     if not args.estimate:
         check_device(args.device)
     args.pairs = args.pairs or max(1, args.batch // args.branches)
-    print(f"{args.model}, {args.size} px, {args.steps} steps, {args.pairs} noises, {args.dtype}")
+    print(f"{args.model}, {args.size} px, {args.rollout_steps} steps, {args.pairs} noises, {args.dtype}")
     counted = measure(args, model, "cuda", fake=True)
     timed = counted if args.estimate else measure(args, model, args.device, fake=False)
     print("per 2 images  TFLOP  peak GiB" + "   seconds   TFLOP/s" * (not args.estimate))

@@ -1,6 +1,9 @@
 """A mistake of the user ends in one line, which names it and the remedy, and in exit code 2."""
 
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -24,8 +27,16 @@ def why_unreachable(path, error):
     return f"cannot reach model {path}: check its name and the network"
 
 
+def interrupt_again(ignored):
+    """A sys.unraisablehook: Python would print, and forget, a Ctrl-C that came within a finalizer."""
+    if not issubclass(ignored.exc_type, KeyboardInterrupt):
+        return sys.__unraisablehook__(ignored)
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()  # once the finalizer is over
+
+
 def run_command(main):
     """Run a command and turn its errors into lines and exit codes."""
+    sys.unraisablehook = interrupt_again
     try:
         main()
     except UserError as error:

@@ -159,7 +159,7 @@ def complaint(command, code, out, err, codes=(0, 2)):
     if code not in codes:
         return f"it ended with {code}: {(lines or ['silence'])[-1][:300]}"
     if "Traceback" in out + err:
-        return "a traceback"
+        return f"a traceback: {(out + err)[(out + err).index('Traceback') :][-1500:]}"
     if code == 2 and (len(lines) != 1 or not lines[0].startswith(f"{command}.py: ")):
         return f"not one line on stderr: {lines}"
     return ""
