@@ -36,7 +36,8 @@ def interrupt_again(ignored):
 
 def run_command(main):
     """Run a command and turn its errors into lines and exit codes."""
-    sys.unraisablehook = interrupt_again
+    if sys.unraisablehook is sys.__unraisablehook__:  # and not one of pytest
+        sys.unraisablehook = interrupt_again
     try:
         main()
     except UserError as error:

@@ -38,7 +38,8 @@ def read_config(folder, keys=None):
         config = dict(json.loads(path.read_text(encoding="utf-8")).items())
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder} is not the folder of a run: {first_line(error)}") from error
-    if config.pop("checksum", None) not in (None, checksum(json.dumps(config).encode())):
+    missing = {*(keys or ["checksum"])} - config.keys()  # the configuration of a taste has no checksum
+    if missing or config.pop("checksum", None) not in (None, checksum(json.dumps(config).encode())):
         raise UserError(f"{path} was damaged or changed, by its checksum: undo that, or start a new run")
     flags = [(f"--{k.replace('_', '-')}", v) for k, v in config.items() if keys is None or k in keys]
     # 0 is one of the values, though it equals False

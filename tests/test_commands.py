@@ -27,9 +27,9 @@ import sample
 import train
 import zoo.http
 from studies import bench, toy
-from support.errors import run_command
+from support.errors import UserError, run_command
 from support.evaluation import mean_and_error, signs_of_hacking
-from support.run import read_config
+from support.run import checksum, read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--reward", "colorfulness", "--pairs", "8", "--steps", "2", "--lr", "2e-3", "--eval-every", "4"]
@@ -158,9 +158,23 @@ def test_changed_metrics_are_mended(whole, tmp_path, monkeypatch):
     assert metrics(path.parent) == metrics(whole[0])
 
 
+def write_config(folder, config):
+    """Write what `Run` writes of a run's arguments."""
+    config["checksum"] = checksum(json.dumps(config).encode())
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def test_a_zero_is_resumed_as_a_zero(tmp_path):
-    (tmp_path / "config.json").write_text('{"kl": 0.0, "seed": 0, "compile": false, "prompts": null}')
+    write_config(tmp_path, {"kl": 0.0, "seed": 0, "compile": False, "prompts": None})
     assert read_config(tmp_path) == ["--kl=0.0", "--seed=0"]
+
+
+@pytest.mark.parametrize("keys", [None, ["model", "steps"]])
+def test_a_configuration_that_lacks_something_is_damaged(keys, tmp_path):
+    for text in ("{}", '{"steps": 2}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match="was damaged or changed"):
+            read_config(tmp_path, keys)
 
 
 @pytest.mark.parametrize(
@@ -381,11 +395,11 @@ def test_bad_arguments_end_in_one_line(flags, tmp_path, monkeypatch, capsys):
     (tmp_path / "picture.bin").write_bytes(b"\x89PNG\xff\xfe\x00")
     (tmp_path / "empty").mkdir()
     (tmp_path / "round").symlink_to("round")
-    configs = {"taken": '{"lr": 0.0005, "out": "runs", "name": "taken"}', "list": "[1]"}
-    configs |= {"odd": '{"nonsense": 3}', "steep": '{"lr": 7.0}'}
-    for name, text in configs.items():
+    configs = {"taken": {"lr": 0.0005, "out": "runs", "name": "taken"}, "odd": {"nonsense": 3}, "list": {}}
+    for name, config in (configs | {"steep": {"lr": 7.0}}).items():
         (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "config.json").write_text(text)
+        write_config(tmp_path / "runs" / name, config)
+    (tmp_path / "runs" / "list" / "config.json").write_text("[1]")
     before = sorted(tmp_path.rglob("*"))
     # in this process, since a new one takes seconds to import torch; two of them in real processes follow
     monkeypatch.chdir(tmp_path)
@@ -398,6 +412,29 @@ def test_bad_arguments_end_in_one_line(flags, tmp_path, monkeypatch, capsys):
     (line,) = [line for line in re.split("[\r\n]+", err) if line and "0/1" not in line]  # but for the bar
     assert line.startswith("train.py: ") and BAD[flags] in line, err
     assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts] == before
+
+
+FINALIZER = """
+import os, signal, time
+from support.errors import UserError, run_command
+
+class Thing:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+
+def main():
+    Thing()
+    time.sleep(30)
+
+run_command(main)
+"""
+
+
+def test_an_interrupt_within_a_finalizer_is_neither_lost_nor_a_traceback():
+    start = time.time()
+    done = subprocess.run([sys.executable, "-c", FINALIZER], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "") and time.time() - start < 28
 
 
 @pytest.mark.parametrize("flags", ["--reward nonsense", "--model some/where"])
