@@ -20,6 +20,8 @@ class Parser(argparse.ArgumentParser):
         for arg in sys.argv[1:] if args is None else args:
             if arg.split("=")[-1] == "--":  # which argparse would take for an empty list
                 self.error(f"{arg} says nothing")
+            if any("\ud800" <= c <= "\udfff" for c in arg):  # as Python keeps bytes that are no UTF-8
+                self.error(f"{ascii(arg)} is no valid text")
         return super().parse_known_args(args, namespace)
 
     def error(self, message):

@@ -424,6 +424,7 @@ class Thing:
         time.sleep(0.1)
 
 def main():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job ignores
     Thing()
     time.sleep(30)
 
@@ -450,6 +451,7 @@ def test_bad_arguments_end_the_process_with_code_2(flags, tmp_path):
     [
         ("", "give a --prompt"),
         ("--prompt robot --compare", "--compare needs --lora"),
+        ("--prompt \udcff", "'\\udcff' is no valid text"),
         ("--prompt robot --lora missing", "no LoRA at missing"),
         ("--prompt robot --out no/such/folder.png", "cannot write no/such/folder.png"),
         ("--prompt robot --out picture", "cannot write picture"),

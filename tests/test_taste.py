@@ -243,7 +243,7 @@ def test_answers_of_a_run_are_fitted(tmp_path, monkeypatch, capsys):
     threading.Thread(target=human, args=(images, ["sun"] * 36), daemon=True).start()
     person(url, 11)
     person(url, 1, prefers=lambda images: torch.zeros(3))
-    config = {"model": "tiny", "steps": 4, "guidance": 1, "size": "16", "seed": 0, "reward": "human"}
+    config = {"model": "tiny", "steps": 4, "guidance": 1, "size": "16", "prompts": None, "reward": "human"}
     (run / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(study, "load_flow", None)  # nothing is drawn
     for _ in range(2):  # the second adds nothing
