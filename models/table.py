@@ -45,16 +45,16 @@ class Model:
 TINY_PATH = str(TINY / "tiny-sd3")
 TINY_TRAINING = {"layers": "modulation", "iterations": 90, "tokens": 1}
 TURBO = {"steps": 4, "churn": 0.025, "batch": 16, "variant": "fp16"}
-SHORT = {"rollout_steps": 10}  # what is learned with few steps holds with many: docs/comparison.md
-DEV = {"batch": 8, "tokens": 512} | SHORT
-SDXL = {"guidance": 5, "train_steps": 8, "batch": 4, "variant": "fp16"} | SHORT
+TEN_STEPS = {"rollout_steps": 10}  # what is learned with few steps holds with many: docs/comparison.md
+DEV = {"batch": 8, "tokens": 512} | TEN_STEPS
+SDXL = {"guidance": 5, "train_steps": 8, "batch": 4, "variant": "fp16"} | TEN_STEPS
 MODELS = {
     "tiny": Model(TINY_PATH, 4, "64", 1, 4e-4, 32, 1, 0.05, 1, kl=0.7, batch=64, **TINY_TRAINING),
-    "sd3": Model("stabilityai/stable-diffusion-3-medium-diffusers", 28, train_steps=7, **SHORT),
-    "sd3.5": Model("stabilityai/stable-diffusion-3.5-medium", 40, train_steps=10, **SHORT),
-    "sd3.5-large": Model("stabilityai/stable-diffusion-3.5-large", 40, train_steps=10, batch=8, **SHORT),
+    "sd3": Model("stabilityai/stable-diffusion-3-medium-diffusers", 28, train_steps=7, **TEN_STEPS),
+    "sd3.5": Model("stabilityai/stable-diffusion-3.5-medium", 40, train_steps=10, **TEN_STEPS),
+    "sd3.5-large": Model("stabilityai/stable-diffusion-3.5-large", 40, train_steps=10, batch=8, **TEN_STEPS),
     "sd-turbo": Model("stabilityai/sd-turbo", **TURBO),
-    "sd1.5": Model("stable-diffusion-v1-5/stable-diffusion-v1-5", 20, guidance=5, train_steps=5, **SHORT),
+    "sd1.5": Model("stable-diffusion-v1-5/stable-diffusion-v1-5", 20, guidance=5, train_steps=5, **TEN_STEPS),
     "sdxl-turbo": Model("stabilityai/sdxl-turbo", **TURBO),
     "sdxl": Model("stabilityai/stable-diffusion-xl-base-1.0", 30, "1024", **SDXL),
     "flux-schnell": Model("black-forest-labs/FLUX.1-schnell", 4, churn=0.025, batch=8),
