@@ -16,7 +16,11 @@ class UserError(Exception):
 
 def first_line(error):
     """The first line of an exception's message, of at most 300 characters, to be quoted in a UserError."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    try:
+        text = str(error).strip()
+    except Exception:  # a class of the user's own can fail even here
+        text = ""
+    return (text or type(error).__name__).splitlines()[0][:300]
 
 
 def why_unreachable(path, error):

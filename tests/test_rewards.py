@@ -626,6 +626,7 @@ def test_long_expressions_and_large_numbers_have_a_value():
     "body, complaint",
     [
         ("raise KeyError('gone')", "raised KeyError: 'gone'"),
+        ("raise type('Mute', (Exception,), {'__str__': lambda self: 1 / 0})", "raised Mute: Mute"),
         ("import sys; sys.exit(3)", "raised SystemExit: 3"),
         ("return f(images, prompts)", "raised RecursionError"),
         ("return images.mean()", "[2] numbers"),
