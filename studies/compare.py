@@ -3,6 +3,7 @@
 python -m studies.compare                # methods tuned alike; runs that are there already are not repeated
 python -m studies.compare others         # where gradients of the reward, SPSA and central differences stand
 python -m studies.compare sensitivity    # fdfo with other learning rates and churn
+python -m studies.compare steps          # what a gain costs each method, with few and many sampling steps
 """
 
 import os
@@ -43,6 +44,14 @@ OTHERS = {
 SENSITIVITY = {
     "lr": {x: f"{FDFO} {SHORT} --lr {x}" for x in (0.00025, 0.0005, 0.001, 0.002, 0.004)},
     "churn": {x: f"{FDFO} {SHORT} --lr 0.001 --churn {x}" for x in (0.002, 0.01, 0.05, 0.3, 2.0)},
+}
+STEPS = {  # the methods without a pull, by the number of steps, in training and in drawing
+    steps: {
+        method: f"{METHODS[method].split(' --iterations')[0]} --steps {steps} --rollout-steps {steps}"
+        f" --iterations 40 --eval-every {5 if steps < 20 else 8}"
+        for method in ("fdfo, no pull", "flow-grpo", "flow-grpo, same noise", "awm")
+    }
+    for steps in (3, 6, 10, 20)
 }
 OTHER = {"aesthetic": "clip", "clip": "aesthetic"}  # what is watched when one is trained
 GOAL = 1.0  # a gain that most reach
@@ -85,17 +94,15 @@ def curves(args, flags, reward, seeds):
     return {name: np.array([[record[name] for record in records] for records in found]) for name in names}
 
 
-def tune(args):
-    """Try all RATES on METHODS. Returns {method: its best flags} and a table of their gains without harm."""
-    trials = {method: {rate: f"{flags} --lr {rate}" for rate in RATES} for method, flags in METHODS.items()}
-    swept = [flags for rates in trials.values() for flags in rates.values()]
-    run_missing(args, [(flags, *TUNED_ON) for flags in swept])
-    best, lines = {}, [f"| --lr | {' | '.join(map(str, RATES))} |", "|---" * (1 + len(RATES)) + "|"]
-    for method, rates in trials.items():
-        runs = [curves(args, flags, TUNED_ON[0], TUNED_ON[1:]) for flags in rates.values()]
-        scores = [gain_without_harm(c, TUNED_ON[0])[0] for c in runs]
-        best[method] = rates[RATES[np.argmax(scores)]]
-        lines.append(f"| {method} | {' | '.join(f'{score:+.2f}' for score in scores)} |")
+def tune(args, methods, rates, score):
+    """Try all rates on {method: flags}. Returns {method: the flags with the largest score} and a table."""
+    trials = {method: {rate: f"{flags} --lr {rate}" for rate in rates} for method, flags in methods.items()}
+    run_missing(args, [(flags, *TUNED_ON) for swept in trials.values() for flags in swept.values()])
+    best, lines = {}, [f"| --lr | {' | '.join(map(str, rates))} |", "|---" * (1 + len(rates)) + "|"]
+    for method, swept in trials.items():
+        scores = [score(curves(args, flags, TUNED_ON[0], TUNED_ON[1:])) for flags in swept.values()]
+        best[method] = swept[rates[np.argmax(scores)]]
+        lines.append(f"| {method} | {' | '.join(f'{score:+,.2f}' for score in scores)} |")
     return best, lines
 
 
@@ -104,9 +111,9 @@ def gain_without_harm(c, reward):
     return np.where(c[OTHER[reward]] < 0, 0, c["gain"]).max(1)
 
 
-def cost_to_reach(c, goal):
-    """The evaluations of the network until the mean gain over seeds is first `goal`; None if it never is."""
-    gain, costs = np.maximum.accumulate(c["gain"].mean(0)), c["evaluations"].mean(0)
+def cost_to_reach(c, goal, cost="evaluations"):
+    """The evaluations, or images, until the mean gain over seeds is first `goal`; None if it never is."""
+    gain, costs = np.maximum.accumulate(c["gain"].mean(0)), c[cost].mean(0)
     end = np.argmax(gain >= goal) + 1  # of the first point that is there
     return np.interp(goal, gain[:end], costs[:end]) if gain[-1] >= goal else None
 
@@ -155,9 +162,36 @@ def draw_sensitivity(path, args):
     figure.savefig(path, dpi=80)
 
 
+def study_steps(args, path, seeds):
+    """Draw what it costs to reach GOAL against the number of steps, by method. Returns a table of it.
+
+    Each at the learning rate that was cheapest on another seed. Means of the seeds, ± one standard deviation;
+    a method that does not get there on every seed has none.
+    """
+    methods = {(method, steps): flags for steps, row in STEPS.items() for method, flags in row.items()}
+    best, lines = tune(args, methods, RATES[1:], lambda c: -(cost_to_reach(c, GOAL) or np.inf))
+    run_missing(args, [(flags, "aesthetic", seed) for flags in best.values() for seed in seeds])
+    lines += ["", f"| method, steps | images to +{GOAL:g} | evaluations to +{GOAL:g} |", "|---|---|---|"]
+    figure, axes, rows = *plt.subplots(1, 2, figsize=(10, 4), layout="constrained"), dict.fromkeys(best, "")
+    for axis, cost in zip(axes, ("images", "evaluations")):
+        axis.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel=f"{cost} to +{GOAL:g}")
+        for method in dict.fromkeys(method for method, _ in best):
+            runs = [[curves(args, best[method, n], "aesthetic", [seed]) for seed in seeds] for n in STEPS]
+            costs = np.array([[cost_to_reach(c, GOAL, cost) or np.nan for c in row] for row in runs])
+            means, spreads = costs.mean(1), costs.std(1, ddof=1)
+            axis.errorbar(list(STEPS), means, spreads, marker="o", capsize=3, label=method)
+            for n, mean, spread in zip(STEPS, means, spreads):
+                rows[method, n] += "never | " if np.isnan(mean) else f"{mean:,.0f} ± {spread:,.0f} | "
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=80)
+    return lines + [f"| {method}, {n} | {row.strip()}" for (method, n), row in rows.items()]
+
+
 def main():
     parser = Parser(description=__doc__)
-    parser.add_argument("study", nargs="?", choices=("methods", "others", "sensitivity"), default="methods")
+    parser.add_argument(
+        "study", nargs="?", choices=("methods", "others", "sensitivity", "steps"), default="methods"
+    )
     parser.add_argument("--out", default="runs/compare", help="folder of the runs (default runs/compare)")
     parser.add_argument("--seeds", type=number(int, 2, 100), default=3, help="runs of each (default 3)")
     args = parser.parse_args()
@@ -166,12 +200,17 @@ def main():
         trials = [flags for values in SENSITIVITY.values() for flags in values.values()]
         run_missing(args, [(flags, "aesthetic", 0) for flags in trials])
         return draw_sensitivity(picture, args)
-    best, lines = tune(args) if args.study == "methods" else (OTHERS, [])
-    run_missing(args, [(flags, r, seed) for r in OTHER for seed in seeds for flags in best.values()])
-    measured = {r: {m: curves(args, flags, r, seeds) for m, flags in best.items()} for r in OTHER}
-    for reward in OTHER:
-        lines += ["", *table(measured[reward], reward)]
-    draw_costs(picture, measured)
+    if args.study == "steps":
+        lines = study_steps(args, picture, seeds)
+    else:
+        best, lines = OTHERS, []
+        if args.study == "methods":
+            best, lines = tune(args, METHODS, RATES, lambda c: gain_without_harm(c, TUNED_ON[0])[0])
+        run_missing(args, [(flags, r, seed) for r in OTHER for seed in seeds for flags in best.values()])
+        measured = {r: {m: curves(args, flags, r, seeds) for m, flags in best.items()} for r in OTHER}
+        for reward in OTHER:
+            lines += ["", *table(measured[reward], reward)]
+        draw_costs(picture, measured)
     picture.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print(*lines, f"see {picture}", sep="\n")
 
