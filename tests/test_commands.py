@@ -37,7 +37,7 @@ SHORT += ["--prompts", ROOT / "tiny" / "prompts_test.txt"]  # 13 of which are he
 
 
 def start(*args, cwd):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, ROOT / args[0], *map(str, args[1:])],
         cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
