@@ -291,7 +291,7 @@ def call_reward(name, term, images, prompts):
     else:
         R = term(images, prompts)
     try:
-        R = torch.as_tensor(R, dtype=torch.float32, device=images.device)
+        R = torch.as_tensor(R, dtype=torch.float32, device=images.device).to_dense()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         kind = type(R).__name__
         raise UserError(f"reward {name} must return numbers, not {kind}: {first_line(error)}") from error

@@ -623,6 +623,14 @@ def test_long_expressions_and_large_numbers_have_a_value():
 
 
 @pytest.mark.parametrize(
+    "numbers", ["[0, 3]", "(False, 3)", "torch.tensor([0, 3])", "torch.tensor([0, 3]).to_sparse()"]
+)
+def test_numbers_come_in_many_forms(tmp_path, numbers):
+    (tmp_path / "mine.py").write_text(f"import torch\n\ndef f(images, prompts):\n    return {numbers}\n")
+    assert Reward(f"2*{tmp_path}/mine.py:f")(grey(0.5), ["", ""]).tolist() == [0, 6]
+
+
+@pytest.mark.parametrize(
     "body, complaint",
     [
         ("raise KeyError('gone')", "raised KeyError: 'gone'"),
