@@ -4,6 +4,7 @@
 python -m tests.campaign --minutes 20 --seed 1      # counts by kind and outcome, and every failure
 python -m tests.campaign --trials 5                 # so many trials of each kind
 python -m tests.campaign --seed 1 --only kill:17    # one trial again, and what was said last
+python -m tests.campaign --only each                # every hostile value and every code of a user, once
 
 `line` draws command lines, good and bad; `kill` ends runs by SIGKILL and resumes them; `machine` fills the
 disk, or takes the folder away; `file` damages files of a run; `service` is a reward that answers nonsense;
@@ -468,7 +469,7 @@ def draw_line(rng):
         args += [flag] if alone else [f"{flag}={value}"] if rng.random() < 0.5 else [flag, value]
     if rng.random() < 0.03:
         args.insert(rng.randrange(len(args) + 1), rng.choice(hostile.TEXTS))
-    return command, args
+    return command, *args
 
 
 def contents(folder):
@@ -477,9 +478,35 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in paths}
 
 
-def line(rng, folder):
+def every_line():
+    """Each value once, of every flag of every command, and all code of users: command, arguments, files."""
+    train = ["train", *SMALL["train"].split()]
+    for command in SMALL:
+        for action in flags(command, "fdfo" if command == "train" else None):
+            flag, values = action.option_strings[-1], [*hostile.NUMBERS, *hostile.TEXTS]
+            if action.dest == "out":  # the root of somebody's machine is left alone
+                values = [value for value in values if value[:1] not in ("/", "~")]
+            for text in [flag] if action.nargs == 0 else [f"{flag}={value}" for value in values]:
+                yield [command, *SMALL.get(command, "").split(), text], {}
+    for term in hostile.TERMS:
+        for flag in ("--reward=", "--watch=", "--reward=brightness - "):
+            yield [*train, f"{flag}{term}"], {}
+    for head, body in [(head, "return n * [1.0]") for head in hostile.HEADS] + [
+        ("", b) for b in hostile.REWARDS
+    ]:
+        for flag in ("--reward=", "--watch=", "--reward=brightness - "):
+            yield [*train, f"{flag}mine.py:f"], {"mine.py": f"{head}\n{hostile.REWARD}{body}"}
+    signature, fine = "problem, eps, cond, generator", "problem.reward(eps, cond); grads(1.0); return 2"
+    parts = [(signature, "", body) for body in hostile.ESTIMATES]
+    parts += [(s, words, fine) for s in hostile.SIGNATURES for words in hostile.HELPS]
+    for part in parts:
+        for more in ([], ["--help"], ["--h=1"], ["--no-b"]):
+            yield [*train, "--estimator", "est.py:f", *more], {"est.py": hostile.ESTIMATOR.format(*part)}
+
+
+def line(rng, folder, drawn=None):
     """A command line. What was there stays as it was, and nothing comes but what was asked for."""
-    command, args = draw_line(rng)
+    command, *args = drawn or draw_line(rng)
     LINES.add((command, *args))
     shutil.copytree(undisturbed("fdfo", 2)[0] / "runs/x", folder / "runs/old")
     before = contents(folder.parent)
@@ -502,6 +529,14 @@ def line(rng, folder):
     return wrong, f"{command}: {code}", repr([command, *args])[:700]
 
 
+def each(rng, folder, n):
+    """The n-th command line of all that has one hostile thing in it."""
+    drawn, files = list(every_line())[n]
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return line(rng, folder, drawn)
+
+
 MAINS["page"] = person
 KINDS = {line: 35, kill: 22, machine: 12, file: 25, service: 4, page: 2}  # and their shares of the time
 
@@ -511,7 +546,7 @@ def trial(seed, kind, n):
     rng = random.Random(f"{seed} {kind.__name__} {n}")
     folder = new_folder(rng)
     try:
-        return kind(rng, folder)
+        return kind(rng, folder, n) if kind is each else kind(rng, folder)
     finally:
         shutil.rmtree(folder.parent.parent)
 
@@ -534,10 +569,12 @@ def main():
     parser.add_argument("--minutes", type=number(float, 0, 10_000), default=1.0, help="in all (default 1)")
     parser.add_argument("--trials", type=number(int, 1), help="of each kind, however long they take")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of all that is drawn (default 0)")
-    parser.add_argument("--only", help="a kind, or one trial as kind:17")
+    parser.add_argument("--only", help="a kind, each, or one trial as kind:17")
     args = parser.parse_args()
     name, _, n = (args.only or "").partition(":")
-    kinds = [kind for kind in KINDS if kind.__name__ == name or not args.only]
+    kinds = [kind for kind in (*KINDS, each) if kind.__name__ == name] if name else list(KINDS)
+    if kinds == [each]:
+        args.trials = args.trials or sum(1 for _ in every_line())
     warm_up()
     if n:
         return print(*trial(args.seed, kinds[0], int(n)), *SAID, sep="\n")
