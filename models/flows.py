@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from pathlib import Path
 
 import diffusers
@@ -82,6 +83,7 @@ class Flow:
         if args.checkpointing:
             self.network.enable_gradient_checkpointing()
         if args.compile:  # the repeated blocks only, which starts sooner than the whole network
+            warnings.filterwarnings("ignore", "Error detected in")  # torch's traceback of a Ctrl-C
             # kinds of blocks x gradient or not x LoRA on or off x sizes of batches
             torch._dynamo.config.recompile_limit = 64
             for module in self.network.modules():

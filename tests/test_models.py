@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
@@ -766,6 +767,23 @@ def test_checkpointing_gives_the_same_gradient(folders, name):
         grads.append(torch.cat([p.grad.flatten() for p in lora.parameters]))
     assert grads[0].norm() > 0
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6 * grads[0].abs().max().item())
+
+
+class Interrupted(torch.autograd.Function):
+    forward = staticmethod(lambda ctx, x: x.clone())
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_of_a_compilation_shows_no_traceback(folders, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)
+    make_flow(folders["sd3"], steps=2, guidance=1, compile=True)  # its compilation traces like this
+    with warnings.catch_warnings(record=True) as said:
+        with torch.autograd.detect_anomaly(check_nan=False), pytest.raises(KeyboardInterrupt):
+            Interrupted.apply(torch.ones(2, requires_grad=True)).sum().backward()
+    assert not [warning for warning in said if "Traceback" in str(warning.message)]
 
 
 @pytest.mark.parametrize("name", ["sd3", pytest.param("flux-schnell", marks=pytest.mark.ci), "sd-turbo"])
