@@ -60,7 +60,7 @@ def make_parser(estimator):
     add("--watch", default=WATCHED, help=f"rewards to measure, not train (default {WATCHED})")
     add("--prompts", metavar="FILE", help="a prompt a line, every tenth held out (default: emoji names)")
     add("--estimator", default="fdfo", help=f"{', '.join(ESTIMATORS)} or file.py:function (default fdfo)")
-    add("--iterations", type=whole, help="roll-outs (default: tiny 90, others 100; spsa 20, central 30)")
+    add("--iterations", type=whole, help="roll-outs (default: tiny 88, others 100; spsa 20, central 30)")
     add("--rollout-steps", type=whole, help="sampling steps in training alone (default: the model's)")
     add("--seed", type=number(int, 0, 10**6), default=0, help="of everything random (default 0)")
     add("--pairs", type=whole, help="noises, groups, of an iteration (default: fdfo 32, spsa 128, central 2)")

@@ -21,10 +21,10 @@ from support.errors import UserError, run_command
 from support.run import read_metrics
 
 BASELINE, SHORT = "--estimator studies/baselines.py:", "--iterations 32 --eval-every 8"
-FDFO, GRPO = "--estimator fdfo", f"{BASELINE}flow_grpo --pairs 8 --train-steps 2"
+FDFO, GRPO = "--estimator fdfo --train-steps 1", f"{BASELINE}flow_grpo --pairs 8 --train-steps 2"
 AWM, AWM_LENGTH = f"{BASELINE}awm --pairs 8", "--iterations 36 --eval-every 9"
 METHODS = {  # as OTHERS each for about 18,000 evaluations of the network, but with the best of RATES
-    "fdfo": f"{FDFO} --iterations 56 --eval-every 14",
+    "fdfo": f"{FDFO} --kl 1 --iterations 56 --eval-every 14",
     "fdfo, no pull": f"{FDFO} --kl 0 --iterations 64 --eval-every 16",
     "fdfo, stored steps": f"{BASELINE}fdfo_published --churn 0.05 --updates 1 --iterations 24 --eval-every 6",
     "flow-grpo": f"{GRPO} {SHORT}",
@@ -35,7 +35,7 @@ METHODS = {  # as OTHERS each for about 18,000 evaluations of the network, but w
 }
 RATES = (0.0005, 0.001, 0.002)
 OTHERS = {
-    "fdfo": f"{FDFO} --iterations 56 --eval-every 14 --lr 0.001",
+    "fdfo": f"{FDFO} --kl 1 --iterations 56 --eval-every 14 --lr 0.001",
     "reward gradient": f"{BASELINE}reward_gradient --pairs 64 --train-steps 2 {SHORT} --lr 0.0002",
     "backprop": f"{BASELINE}backprop --pairs 64 {SHORT} --lr 0.0002",
     "spsa": "--estimator spsa --iterations 24 --eval-every 6 --lr 0.003",
