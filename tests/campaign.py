@@ -554,6 +554,7 @@ def trial(seed, kind, n):
 def warm_up():
     """Train once in this process, so that its forks have everything imported; then it is as before."""
     tqdm.monitor_interval = 0  # no threads, which a fork would lack
+    tqdm.set_lock(threading.RLock())  # tqdm's own is one for all forks, and the killed would keep it
     torch.set_num_threads(1)
     with chdir(new_folder(random.Random(0))), open("said", "w") as said:
         with redirect_stdout(said), redirect_stderr(said):
