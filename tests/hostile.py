@@ -117,10 +117,7 @@ def damage(rng, path):
         for _ in range(1 if kind == "bit" else 20):
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     elif kind == "zeros":
-        if any(data[at : at + size]):
-            data[at : at + size] = bytes(len(data[at : at + size]))
-        else:  # where all is zero already
-            data[at] = 1
+        data[at : at + size] = bytes(len(data[at : at + size]))
     elif kind == "cut":
         del data[at:]
     elif kind == "garbage":
@@ -135,6 +132,8 @@ def damage(rng, path):
     elif kind == "edit":
         edits = {".pt": edit_state, ".safetensors": edit_lora, ".png": lambda rng, data: data[::-1]}
         data = edits.get(path.suffix, edit_json)(rng, bytes(data))
+    if kind != "edit" and data == path.read_bytes():  # what changes nothing is no damage
+        data[at] ^= 1
     path.unlink()
     if kind == "folder":
         path.mkdir()
