@@ -54,7 +54,7 @@ from zoo.human import Human
 
 ROOT = Path(__file__).resolve().parent.parent
 MAINS = {"train": train.main, "sample": sample.main}
-for study in ("compare", "bench", "toy", "profiles", "taste"):
+for study in ("compare", "bench", "noise", "toy", "profiles", "taste"):
     if (ROOT / "studies" / f"{study}.py").exists():
         MAINS[study] = importlib.import_module(f"studies.{study}").main
 RUN = "--reward brightness --watch brightness --prompts two.txt --steps 2 --eval-every 2 --lr 0.002 --batch 8"
