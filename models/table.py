@@ -45,7 +45,7 @@ class Model:
 TINY_PATH = str(TINY / "tiny-sd3")
 TINY_TRAINING = {"layers": "modulation", "iterations": 88, "tokens": 1}
 TURBO = {"steps": 4, "churn": 0.025, "batch": 16, "variant": "fp16"}
-TEN_STEPS = {"rollout_steps": 10}  # what is learned with few steps holds with many: docs/comparison.md
+TEN_STEPS = {"rollout_steps": 10}  # sooner than all, less harm than fewer: docs/comparison.md
 DEV = {"batch": 8, "tokens": 512} | TEN_STEPS
 SDXL = {"guidance": 5, "train_steps": 8, "batch": 4, "variant": "fp16"} | TEN_STEPS
 MODELS = {

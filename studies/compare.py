@@ -172,7 +172,8 @@ def study_steps(args, path, seeds):
     best, lines = tune(args, methods, RATES[1:], lambda c: -(cost_to_reach(c, GOAL) or np.inf))
     run_missing(args, [(flags, "aesthetic", seed) for flags in best.values() for seed in seeds])
     lines += ["", f"| method, steps | images to +{GOAL:g} | evaluations to +{GOAL:g} |", "|---|---|---|"]
-    figure, axes, rows = *plt.subplots(1, 2, figsize=(10, 4), layout="constrained"), dict.fromkeys(best, "")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    rows = dict.fromkeys(best, "")
     for axis, cost in zip(axes, ("images", "evaluations")):
         axis.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel=f"{cost} to +{GOAL:g}")
         for method in dict.fromkeys(method for method, _ in best):
@@ -189,9 +190,8 @@ def study_steps(args, path, seeds):
 
 def main():
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "study", nargs="?", choices=("methods", "others", "sensitivity", "steps"), default="methods"
-    )
+    studies = "methods", "others", "sensitivity", "steps"
+    parser.add_argument("study", nargs="?", choices=studies, default="methods")
     parser.add_argument("--out", default="runs/compare", help="folder of the runs (default runs/compare)")
     parser.add_argument("--seeds", type=number(int, 2, 100), default=3, help="runs of each (default 3)")
     args = parser.parse_args()

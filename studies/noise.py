@@ -3,8 +3,6 @@
 python -m studies.noise --steps 10    # reward aesthetic, the model before training, estimates of 64 images
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -35,7 +33,7 @@ def estimates(problem, flow, method, n):
     estimate, groups, options = method
     found, parameters = [], problem.lora.parameters
     for i in tqdm(range(n), leave=False):
-        draws = seeded(i, "noise")
+        draws = seeded(i, f"{groups} groups")  # others than those of the exact gradient
         cond = torch.randint(len(flow.prompts), (groups,), generator=draws).to(flow.device)
         eps = flow.noise(torch.randint(2**31, (groups,), generator=draws).tolist())
         for p in parameters:
@@ -49,10 +47,11 @@ def main():
     parser = Parser(description=__doc__)
     parser.add_argument("--steps", type=number(int, 1, 1000), help="sampling steps (default 4)")
     parser.add_argument("--estimates", type=number(int, 2, 10_000), default=16, help="of each (default 16)")
+    # all else as the bundled model has it
     parser.set_defaults(**dict.fromkeys("model size guidance batch device dtype rollout_steps".split()))
     parser.set_defaults(compile=False, checkpointing=False)
     args = parser.parse_args()
-    model = fill_defaults(args)  # of the bundled model
+    model = fill_defaults(args)
     flow = load_flow(model, args, split_prompts(None)[0])
     reward = Reward("aesthetic", TINY, args.device)
     layers = layers_named(flow.network, model.layers)
@@ -63,12 +62,12 @@ def main():
     n, products, mean = len(exact), exact @ exact.T, exact.mean(0)
     # products of two different estimates are in the mean the squared norm of what both estimate
     signal = (products.sum() - products.trace()) / (n * n - n)
-    purity = (signal.clamp(min=0).sqrt() / mean.norm()).item()
+    purity = (signal.clamp(min=0).sqrt() / mean.norm()).item()  # and so a cosine with the mean is too small
     print(f"the mean of {n} exact gradients has a cosine of {purity:.2f} with their expectation")
     for name, method in METHODS.items():
         found, evaluations = estimates(problem, flow, method, n)
         cosines = F.cosine_similarity(found, mean[None]) / purity
-        cosine, error = cosines.mean().item(), cosines.std().item() / math.sqrt(n)
+        cosine, error = cosines.mean().item(), cosines.std().item() / n**0.5
         print(f"{name:22} {cosine:+.3f} ± {error:.3f}  {evaluations:6,} evaluations", flush=True)
 
 

@@ -481,19 +481,19 @@ def contents(folder):
 def every_line():
     """Each value once, of every flag of every command, and all code of users: command, arguments, files."""
     train = ["train", *SMALL["train"].split()]
-    for command in SMALL:
+    for command in SMALL:  # the others take too long where their flags are good
         for action in flags(command, "fdfo" if command == "train" else None):
             flag, values = action.option_strings[-1], [*hostile.NUMBERS, *hostile.TEXTS]
             if action.dest == "out":  # the root of somebody's machine is left alone
                 values = [value for value in values if value[:1] not in ("/", "~")]
             for text in [flag] if action.nargs == 0 else [f"{flag}={value}" for value in values]:
-                yield [command, *SMALL.get(command, "").split(), text], {}
+                yield [command, *SMALL[command].split(), text], {}
     for term in hostile.TERMS:
         for flag in ("--reward=", "--watch=", "--reward=brightness - "):
             yield [*train, f"{flag}{term}"], {}
-    for head, body in [(head, "return n * [1.0]") for head in hostile.HEADS] + [
-        ("", b) for b in hostile.REWARDS
-    ]:
+    rewards = [(head, "return n * [1.0]") for head in hostile.HEADS]
+    rewards += [("", body) for body in hostile.REWARDS]
+    for head, body in rewards:
         for flag in ("--reward=", "--watch=", "--reward=brightness - "):
             yield [*train, f"{flag}mine.py:f"], {"mine.py": f"{head}\n{hostile.REWARD}{body}"}
     signature, fine = "problem, eps, cond, generator", "problem.reward(eps, cond); grads(1.0); return 2"
