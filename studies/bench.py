@@ -8,7 +8,7 @@ Counted are operations (2 to a multiply-add) and live tensor storage.
 """
 
 import argparse
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import partial
 from unittest import mock
 
@@ -20,29 +20,25 @@ from models.flows import FAMILIES
 from models.lora_files import layers_named
 from models.table import add_model_arguments, check_device, fill_defaults
 from studies.architectures import ARCHITECTURES, VARIANTS, build
-from studies.fake_gpu import fake_gpu
-from studies.profiler import Profiler
+from studies.profiler import Profiler, shapes_only
 from support.commands import Parser, add_estimator_arguments, number, options_of
 from support.errors import UserError, run_command
 from train import call_estimator
 
 
-def measure(args, model, device, fake):
+def measure(args, model, device):
     """One iteration of FDFO, where it is real after one to warm up: {phase: [seconds, operations, bytes]}."""
-    profiler, dtype = Profiler(device), getattr(torch, args.dtype)
-    settings = argparse.Namespace(**vars(args) | {"device": device, "compile": args.compile and not fake})
+    profiler, dtype, meta = Profiler(device), getattr(torch, args.dtype), device == "meta"
+    settings = argparse.Namespace(**vars(args) | {"device": device, "compile": args.compile and not meta})
     options = {key: getattr(args, key) for key in options_of(fdfo) if getattr(args, key) is not None}
-    with ExitStack() as stack:
-        if fake:
-            stack.enter_context(profiler)  # outside, so that it sees what is computed for the fake GPU
-            stack.enter_context(fake_gpu(shapes_only=True))
+    with profiler if meta else nullcontext(), shapes_only() if meta else nullcontext():
         torch.set_default_dtype(dtype)
         pipe, shapes, clip = build(args.model, model.tokens, args.smoke, torch.device(device))
         torch.set_default_dtype(torch.float32)
         flow = FAMILIES[type(pipe).__name__](pipe, settings, model.tokens)
         lora = LoRA(flow.network, layers_named(flow.network, model.layers), args.rank)
-        made, twins = [torch.randn(args.pairs, *shape, dtype=dtype) for shape in shapes], 1 + flow.guided
-        flow.conditioning = lambda cond: [e[cond.cpu()].repeat_interleave(twins, 0).to(device) for e in made]
+        text = partial(torch.randn, dtype=dtype, device=device)
+        flow.conditioning = lambda cond: [text(len(cond) * (1 + flow.guided), *shape) for shape in shapes]
         decode = profiler.profiled("decoding", flow.decode)
         reward = profiler.profiled("reward", lambda images: clip.embed_images(images)[:, 0])
         estimate = partial(call_estimator, "fdfo", partial(fdfo, **options))
@@ -50,7 +46,7 @@ def measure(args, model, device, fake):
         problem = Problem(flow.velocity, lambda x, cond: reward(decode(x)), lora, times, args.batch)
         eps = torch.randn(args.pairs, *flow.shape, device=device)
         with mock.patch("fdflow.roll_out", profiler.profiled("sampling", fdflow.roll_out)):
-            for _ in range(1 if fake else 2):
+            for _ in range(1 if meta else 2):
                 profiler.table = {phase: [0, 0, 0] for phase in profiler.table}
                 train(problem, eps, torch.arange(args.pairs, device=device))
     return profiler.table
@@ -75,8 +71,8 @@ def main():
         check_device(args.device)
     args.pairs = args.pairs or max(1, args.batch // args.branches)
     print(f"{args.model}, {args.size} px, {args.rollout_steps} steps, {args.pairs} noises, {args.dtype}")
-    counted = measure(args, model, "cuda", fake=True)
-    timed = counted if args.estimate else measure(args, model, args.device, fake=False)
+    counted = measure(args, model, "meta")
+    timed = counted if args.estimate else measure(args, model, args.device)
     print("per 2 images  TFLOP  peak GiB" + "   seconds   TFLOP/s" * (not args.estimate))
     pairs, total = args.pairs * args.branches / 2, 0
     for phase in ("sampling", "decoding", "reward", "training"):

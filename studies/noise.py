@@ -1,6 +1,7 @@
 """How much of an estimate is signal: its cosine with the gradient that back-propagation gives, by method.
 
-python -m studies.noise --steps 10    # reward aesthetic, the model before training, estimates of 64 images
+python -m studies.noise --steps 10         # reward aesthetic, the model before training, 64 images each
+python -m studies.noise --iterations 44    # in mid-training, after so many iterations of fdfo
 """
 
 import torch
@@ -28,14 +29,19 @@ METHODS = {  # the estimator, how many groups make 64 images, and its options
 EXACT = baselines.backprop, 64, {}
 
 
+def draw(flow, groups, draws):
+    """Random noise eps [G, ...] and prompts cond [G] of some groups, from a generator."""
+    cond = torch.randint(len(flow.prompts), (groups,), generator=draws).to(flow.device)
+    return flow.noise(torch.randint(2**31, (groups,), generator=draws).tolist()), cond
+
+
 def estimates(problem, flow, method, n):
     """n estimates [n, P] of a method, each at other noise and prompts, and the evaluations that one takes."""
     estimate, groups, options = method
     found, parameters = [], problem.lora.parameters
     for i in tqdm(range(n), leave=False):
-        draws = seeded(i, f"{groups} groups")  # others than those of the exact gradient
-        cond = torch.randint(len(flow.prompts), (groups,), generator=draws).to(flow.device)
-        eps = flow.noise(torch.randint(2**31, (groups,), generator=draws).tolist())
+        # others than those of the exact gradient, which has more groups
+        eps, cond = draw(flow, groups, seeded(i, f"{groups} groups"))
         for p in parameters:
             p.grad = None
         estimate(problem, eps, cond, seeded(i, "estimator", flow.device), **options)
@@ -47,6 +53,7 @@ def main():
     parser = Parser(description=__doc__)
     parser.add_argument("--steps", type=number(int, 1, 1000), help="sampling steps (default 4)")
     parser.add_argument("--estimates", type=number(int, 2, 10_000), default=16, help="of each (default 16)")
+    parser.add_argument("--iterations", type=number(int, 0), default=0, help="of fdfo before (default 0)")
     # all else as the bundled model has it
     parser.set_defaults(**dict.fromkeys("model size guidance batch device dtype rollout_steps".split()))
     parser.set_defaults(compile=False, checkpointing=False)
@@ -58,6 +65,12 @@ def main():
     lora = LoRA(flow.network, layers, model.rank, model.scale * model.rank, seeded(0, "lora"))
     velocity, scorer = Counted(flow.velocity), Scorer(flow, reward)
     problem = Problem(velocity, scorer, lora, flow.train_times, args.batch)
+    optimizer = torch.optim.AdamW(lora.parameters, model.lr, weight_decay=1e-4)
+    for i in tqdm(range(args.iterations), leave=False):
+        options = {"churn": model.churn, "train_steps": model.train_steps, "kl": model.kl}
+        fdfo(problem, *draw(flow, 32, seeded(i, "draws")), seeded(i, "training", flow.device), **options)
+        optimizer.step()
+        optimizer.zero_grad()
     exact, _ = estimates(problem, flow, EXACT, args.estimates)
     n, products, mean = len(exact), exact @ exact.T, exact.mean(0)
     # products of two different estimates are in the mean the squared norm of what both estimate

@@ -1,11 +1,47 @@
 """What the phases of a computation use: seconds, operations and memory, also of shapes alone."""
 
 import time
+from contextlib import contextmanager
+from unittest import mock
 from weakref import finalize
 
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
+    """As the GPU's kernel computes it; for meta PyTorch has the formula, which takes more memory."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention
+    return kernel(query, key, value, dropout_p, is_causal, scale=scale)[0]
+
+
+class Generator(torch.Generator):
+    """A generator of the CPU that says it is on another device."""
+
+    device = property(lambda self: self.named)
+
+    def __new__(cls, device="cpu"):
+        generator = super().__new__(cls)
+        generator.named = torch.device(device)
+        return generator
+
+
+@contextmanager
+def shapes_only():
+    """Inside, tensors on meta are computed with as on a GPU, but without values: one that is read is 0."""
+    read = torch.Tensor.tolist
+
+    def tolist(tensor):
+        return read(torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor)
+
+    with (
+        mock.patch("torch.Tensor.tolist", tolist),
+        mock.patch("torch.Generator", Generator),
+        mock.patch.object(F, "scaled_dot_product_attention", attention),
+    ):
+        yield
 
 
 class Profiler(TorchDispatchMode):
@@ -22,8 +58,8 @@ class Profiler(TorchDispatchMode):
         if function.overloadpacket in flop_registry:
             self.operations += flop_registry[function.overloadpacket](*args, **kwargs or {}, out_val=result)
         for tensor in result if isinstance(result, tuple | list) else [result]:
-            on_gpu = isinstance(tensor, torch.Tensor) and tensor.device.type == "meta"  # in C++, the fake GPU
-            storage = tensor.untyped_storage() if on_gpu else None
+            on_meta = isinstance(tensor, torch.Tensor) and tensor.device.type == "meta"
+            storage = tensor.untyped_storage() if on_meta else None
             if storage is not None and storage._cdata not in self.known:
                 self.known.add(storage._cdata)
                 self.live += storage.nbytes()

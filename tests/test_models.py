@@ -32,10 +32,10 @@ from models.flows import load_flow
 from models.lora_files import layers_named, load_lora, save_lora
 from models.table import MODELS, TINY, fill_defaults, find_model, load_pipeline
 from rewards import Reward
-from studies.fake_gpu import fake_gpu
 from support.commands import size
 from support.errors import UserError
 from support.evaluation import Counted
+from tests.fake_gpu import fake_gpu
 
 torch.set_num_threads(1)
 PROMPTS = ["red apple", "robot", "sun"]

@@ -42,3 +42,15 @@ def test_the_cosine_of_what_is_known(monkeypatch, capsys):
     assert found["same"][0] > 1 and found["opposite"] == [-found["same"][0], found["same"][1]]
     assert found["half random"][0] == pytest.approx(found["same"][0] / 10**0.5, rel=0.05)
     assert all("12 evaluations" in line for line in lines)  # four images forward and backward
+
+
+def test_the_model_may_be_trained_before(monkeypatch, capsys):
+    monkeypatch.setattr(noise, "EXACT", (backprop, 2, {}))
+    monkeypatch.setattr(noise, "METHODS", {"same": (backprop, 2, {})})
+    said = {}
+    for iterations in ("0", "2"):
+        command = ["noise.py", "--steps", "1", "--estimates", "2", "--iterations", iterations]
+        monkeypatch.setattr(sys, "argv", command)
+        noise.main()
+        said[iterations] = capsys.readouterr().out
+    assert said["0"] != said["2"] and all("6 evaluations" in text for text in said.values())

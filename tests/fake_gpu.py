@@ -12,7 +12,6 @@ from importlib.resources import files
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -64,7 +63,7 @@ def check_devices(operator, args, kwargs):
 
 
 class GPUTensor(torch.Tensor):
-    """A tensor on the fake GPU. `values` computes for it: a tensor on the CPU, or on meta for shapes only."""
+    """A tensor on the fake GPU. `values`, on the CPU, computes for it."""
 
     @staticmethod
     def __new__(cls, values):
@@ -91,10 +90,6 @@ class Operators(TorchDispatchMode):
 
     meta_is_meant = False  # Python code that says meta, to load weights, means it; C++ means the fake GPU
 
-    def __init__(self, place):
-        super().__init__()
-        self.place = place
-
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs, outer = kwargs or {}, {}
         check_devices(operator, args, kwargs)
@@ -109,10 +104,7 @@ class Operators(TorchDispatchMode):
         on_gpu = any(isinstance(tensor, GPUTensor) for tensor in outer.values())
         if kwargs.get("device") is not None:
             on_gpu = kwargs["device"].type != "cpu" and not Operators.meta_is_meant
-            options["device"] = self.place if on_gpu else kwargs["device"]
-        shapes_only = self.place == META and args and isinstance(args[0], GPUTensor)
-        if shapes_only and (not on_gpu or operator is aten._local_scalar_dense.default):  # values are read
-            inner = (torch.zeros_like(inner[0], device=CPU), *inner[1:])
+            options["device"] = CPU if on_gpu else kwargs["device"]
 
         def wrap(tensor):
             return outer[id(tensor)] if id(tensor) in outer else GPUTensor(tensor) if on_gpu else tensor
@@ -158,13 +150,6 @@ def is_device(a, kind):
     return isinstance(a, str | torch.device) and str(a).split(":")[0] == kind
 
 
-def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
-    """The kernel of the GPU, which takes no mask; for meta PyTorch has the formula, with more memory."""
-    assert attn_mask is None
-    kernel, scale = aten._scaled_dot_product_flash_attention, options.get("scale")
-    return kernel(query, key, value, dropout_p, is_causal, scale=scale)[0]
-
-
 def backward(loss):
     """loss.backward(), which would leave `Functions`, where checkpoints compute again."""
     engine, one = torch.autograd.Variable._execution_engine, torch.ones_like(loss)
@@ -183,8 +168,8 @@ class Generator(torch.Generator):
 
 
 @contextmanager
-def fake_gpu(shapes_only=False):
-    """Inside, "cuda" is the fake GPU. With shapes only nothing is computed, and every value read is 0."""
+def fake_gpu():
+    """Inside, "cuda" is the fake GPU."""
     answers = {"is_available": True, "is_bf16_supported": True, "synchronize": None}
     answers |= {"max_memory_allocated": 0, "reset_peak_memory_stats": None}
     with ExitStack() as stack:
@@ -192,8 +177,6 @@ def fake_gpu(shapes_only=False):
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *args, a=answer, **options: a))
         stack.enter_context(mock.patch("torch.Generator", Generator))
         stack.enter_context(mock.patch("torch.Tensor.backward", backward))
-        if shapes_only:
-            stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
-        stack.enter_context(Operators(META if shapes_only else CPU))
+        stack.enter_context(Operators())
         stack.enter_context(Functions())
         yield
