@@ -98,8 +98,14 @@ def test_the_frontier_is_labelled(study, tmp_path, monkeypatch):
 
 def test_the_cost_is_that_of_the_first_time():
     c = {"gain": np.array([[0, 1, 1, 0.5, 2]]), "evaluations": np.array([[0, 10, 20, 30, 40]])}
-    costs = {-1: 0, 0: 0, 0.5: 5, 1: 10, 1.5: 35, 2: 40, 2.5: None}
+    costs = {-1: 0, 0: 0, 0.5: 5, 1: 10, 1.5: 35, 2: 40}
     assert {goal: compare.cost_to_reach(c, goal) for goal in costs} == costs
+    assert np.isnan(compare.cost_to_reach(c, 2.5))
+    # of two points the gain is +1 half-way, and by then clip has fallen by half as much
+    for clip, cheapness in ((-3.9, -10), (-4.1, -np.inf), (1, -10)):
+        c = {"gain": [[0, 2]], "evaluations": [[0, 20]], "clip": [[0, clip]]}
+        assert compare.cheapness({name: np.array(values) for name, values in c.items()}) == cheapness
+    assert compare.cheapness({name: np.zeros((1, 2)) for name in c}) == -np.inf
 
 
 def test_a_run_that_fails_says_why(study, monkeypatch):
@@ -127,19 +133,21 @@ def test_the_sensitivity_is_drawn(study, tmp_path, monkeypatch):
 def test_what_a_gain_costs_by_steps(study, tmp_path, monkeypatch):
     steps = {n: {"ours": f"--estimator fast --steps {n}"} for n in (3, 20)}
     monkeypatch.setattr(compare, "STEPS", steps)
-    monkeypatch.setattr(compare, "RATES", (9.0, 0.5, 1.0))  # the first is left out: it would fail
+    # the last, too large, does not get there at all
+    monkeypatch.setattr(compare, "STEP_RATES", (0.5, 1.0, 2.0))
     monkeypatch.setattr(sys, "argv", [*sys.argv, "steps"])
     compare.main()
-    assert len(study) == 2 * 2 + 2 * 2
+    assert len(study) == 3 * 2 + 2 * 2
     lines = (tmp_path / "runs" / "steps.md").read_text().splitlines()
     # at the rate of 1, twice as quick in tuning: 2 and 2.1 a point of 100 images and 700 evaluations
     costs = np.array([1 / 2, 1 / 2.1])
     cells = [f"{k * costs.mean():,.0f} ± {k * costs.std(ddof=1):,.0f}" for k in (100, 700)]
-    assert lines[-2:] == [f"| ours, {n} | {cells[0]} | {cells[1]} |" for n in (3, 20)]
+    clip = f"{0.1 * costs.mean():+.1f} ± {0.1 * costs.std(ddof=1):.1f}"
+    assert lines[-2:] == [f"| ours, {n} | {cells[0]} | {cells[1]} | {clip} |" for n in (3, 20)]
     assert (tmp_path / "runs" / "steps.png").stat().st_size > 5_000
     monkeypatch.setattr(compare, "GOAL", 8.2)  # which the second seed alone reaches
     compare.main()
-    assert "| ours, 20 | never | never |" in (tmp_path / "runs" / "steps.md").read_text()
+    assert "| ours, 20 | never | never | never |" in (tmp_path / "runs" / "steps.md").read_text()
 
 
 def test_train_takes_the_flags_of_every_run(tmp_path, monkeypatch):
