@@ -48,10 +48,10 @@ SENSITIVITY = {
 STEPS = {  # the methods without a pull, by the number of steps, in training and in drawing
     steps: {
         method: f"{METHODS[method].split(' --iterations')[0]} --steps {steps} --rollout-steps {steps}"
-        f" --iterations 40 --eval-every {5 if steps < 20 else 8}"
+        f" --iterations 40 --eval-every {every}"
         for method in ("fdfo, no pull", "flow-grpo", "flow-grpo, same noise", "awm")
     }
-    for steps in (3, 6, 10, 20)
+    for steps, every in {3: 2, 6: 2, 10: 5, 20: 8}.items()
 }
 OTHER = {"aesthetic": "clip", "clip": "aesthetic"}  # what is watched when one is trained
 GOAL = 1.0  # a gain that most reach
