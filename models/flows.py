@@ -13,7 +13,6 @@ import warnings
 from pathlib import Path
 
 import diffusers
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -59,7 +58,6 @@ class Flow:
     gradient_scale = 1.0  # of gradients within the network
 
     def __init__(self, pipe, args, tokens):
-        """args has device, dtype, steps, size, guidance, compile and checkpointing, all filled in."""
         self.pipe, self.device, self.dtype = pipe, args.device, getattr(torch, args.dtype)
         self.guidance, self.tokens = args.guidance, tokens
         self.network = getattr(pipe, self.network_name).eval().requires_grad_(False)
@@ -99,10 +97,9 @@ class Flow:
     def schedule(self, steps, sigmas=None):
         """The times of a flow-matching scheduler, shifted by the size of the image where it is dynamic."""
         scheduler, c = self.pipe.scheduler, self.pipe.scheduler.config
-        patches, mu = self.shape[1] * self.shape[2] // self.patch**2, None
-        if c.use_dynamic_shifting:  # linear in the number of patches
-            slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
-            mu = c.base_shift + slope * (patches - c.base_image_seq_len)
+        patches = self.shape[1] * self.shape[2] // self.patch**2
+        slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
+        mu = c.base_shift + slope * (patches - c.base_image_seq_len)  # taken if the shift is dynamic
         scheduler.set_timesteps(steps, sigmas=sigmas, mu=mu)
         return scheduler.sigmas.tolist()
 
@@ -117,7 +114,7 @@ class Flow:
         self.prompts, self.rows = list(prompts), torch.tensor([row[prompt] for prompt in prompts])
         self.embeddings, self.empty = [], len(row)
         texts = [*row, None] if self.guided else [*row]
-        width = max(self.network.config.get(f"{kind}_attention_dim") or 0 for kind in ("joint", "cross"))
+        width = self.network.config.get("joint_attention_dim") or self.network.config.cross_attention_dim
         folder = None
         if cache and len(texts) * (77 + self.tokens) * width * self.dtype.itemsize > IN_MEMORY:
             files = [(str(file), file.stat().st_mtime) for file in sorted(Path(model.path).glob("*/*"))]
@@ -235,7 +232,7 @@ class FluxFlow(Flow):
     def schedule(self, steps):
         if self.guidance > 1 and not self.network.config.guidance_embeds:
             raise UserError(f"--guidance {self.guidance}: this model was made to run without, at 1")
-        return super().schedule(steps, sigmas=np.linspace(1.0, 1 / steps, steps))
+        return super().schedule(steps, sigmas=[1 - i / steps for i in range(steps)])
 
     def join(self, pooled, text):
         return text, pooled

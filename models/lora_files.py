@@ -1,7 +1,5 @@
 """LoRA files in the format of diffusers, and which layers to put a LoRA around."""
 
-import hashlib
-import re
 from pathlib import Path
 
 import torch
@@ -10,7 +8,7 @@ from safetensors.torch import save
 from torch import nn
 
 from support.errors import UserError, first_line
-from support.run import write_whole
+from support.run import checksum, write_whole
 
 LAYERS = {  # how names of layers end; in SD3 and Flux, of both streams
     "attention": ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"],
@@ -39,20 +37,12 @@ def layers_named(network, which):
 
 
 def save_lora(lora, path, network_name):
-    """Write what `pipe.load_lora_weights` reads, and a checksum; the scale is in B, so alpha is the rank.
-
-    network_name: the pipeline's name for the network, "transformer" or "unet".
-    """
+    """Write what `pipe.load_lora_weights` reads, and a checksum; the scale is in B, so alpha is the rank."""
     tensors = {}
     for name, layer in lora.layers.items():
         tensors[f"{network_name}.{name}.lora_A.weight"] = layer.A.detach().cpu()
         tensors[f"{network_name}.{name}.lora_B.weight"] = (layer.scale * layer.B).detach().cpu()
-    write_whole(Path(path), save(tensors, {"sha256": checksum(tensors)}))
-
-
-def checksum(tensors):
-    """SHA-256 of tensors {name: tensor}, as a file that has nothing else."""
-    return hashlib.sha256(save(tensors)).hexdigest()
+    write_whole(Path(path), save(tensors, {"sha256": checksum(save(tensors))}))
 
 
 def load_lora(flow, path):
@@ -88,7 +78,7 @@ def read_tensors(path):
     """The tensors of a LoRA file, alpha / rank in B, and whether it has a configuration; or ValueError."""
     with safe_open(path, "pt") as file:
         tensors, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    if about.get("sha256", checksum(tensors)) != checksum(tensors):
+    if about.get("sha256") not in (None, checksum(save(tensors))):  # files of other programs have none
         raise ValueError("it is damaged, its checksum is wrong")
     for key, tensor in tensors.items():
         if key.startswith(("text_encoder", "lora_te")):
@@ -97,14 +87,14 @@ def read_tensors(path):
         if whole or not tensor.float().isfinite().all():
             raise ValueError(f"it is damaged: {key} has numbers that are not finite floats")
     # diffusers 0.42 applies the alphas of some layouts to other layers, or to none
-    for key in [key for key in tensors if re.search(r"lora_(B|up)\.weight$", key)]:
+    for key in [key for key in tensors if key.endswith(("lora_B.weight", "lora_up.weight"))]:
         rank = tensors[key].shape[1]
-        alpha = tensors.pop(re.sub(r"lora_\w+\.weight$", "alpha", key), torch.tensor(rank))
+        alpha = tensors.pop(key[: key.rindex("lora_")] + "alpha", torch.tensor(rank))
         tensors[key] = tensors[key].float() * (alpha.item() / rank)
     return tensors, "lora_adapter_metadata" in about
 
 
 def numbers(tensors):
     """How many numbers are in the matrices A of tensors {name: tensor}, and how many in all others."""
-    A = sum(t.numel() for name, t in tensors.items() if re.search(r"lora_A|down\.weight", name))
+    A = sum(t.numel() for name, t in tensors.items() if "lora_A" in name or "down.weight" in name)
     return A, sum(t.numel() for t in tensors.values()) - A

@@ -36,29 +36,26 @@ class Model:
     kl: float = 0  # pull to the base model
     batch: int = 12  # images in one network call
     layers: str = "attention"  # with a LoRA, as lora_files.layers_named has them
-    rollout_steps: int | None = None  # sampling steps in training, if not `steps`
+    rollout_steps: int | None = 10  # at most; sooner than all, less harm than fewer: docs/comparison.md
     iterations: int = 100
     tokens: int = 256  # of the T5 encoder, or zeros in its place
     variant: str | None = None  # of the files to download: "fp16" are half as large
 
 
-TINY_PATH = str(TINY / "tiny-sd3")
-TINY_TRAINING = {"layers": "modulation", "iterations": 88, "tokens": 1}
-TURBO = {"steps": 4, "churn": 0.025, "batch": 16, "variant": "fp16"}
-TEN_STEPS = {"rollout_steps": 10}  # sooner than all, less harm than fewer: docs/comparison.md
-DEV = {"batch": 8, "tokens": 512} | TEN_STEPS
-SDXL = {"guidance": 5, "train_steps": 8, "batch": 4, "variant": "fp16"} | TEN_STEPS
+TINY_TRAINING = {"batch": 64, "layers": "modulation", "rollout_steps": None, "iterations": 88, "tokens": 1}
+TURBO = {"steps": 4, "churn": 0.025, "batch": 16, "rollout_steps": None, "variant": "fp16"}
+SDXL = {"guidance": 5, "train_steps": 8, "batch": 4, "variant": "fp16"}
 MODELS = {
-    "tiny": Model(TINY_PATH, 4, "64", 1, 4e-4, 32, 1, 0.05, 2, kl=0.7, batch=64, **TINY_TRAINING),
-    "sd3": Model("stabilityai/stable-diffusion-3-medium-diffusers", 28, train_steps=7, **TEN_STEPS),
-    "sd3.5": Model("stabilityai/stable-diffusion-3.5-medium", 40, train_steps=10, **TEN_STEPS),
-    "sd3.5-large": Model("stabilityai/stable-diffusion-3.5-large", 40, train_steps=10, batch=8, **TEN_STEPS),
+    "tiny": Model(str(TINY / "tiny-sd3"), 4, "64", 1, 4e-4, 32, 1, 0.05, 2, kl=0.7, **TINY_TRAINING),
+    "sd3": Model("stabilityai/stable-diffusion-3-medium-diffusers", 28, train_steps=7),
+    "sd3.5": Model("stabilityai/stable-diffusion-3.5-medium", 40, train_steps=10),
+    "sd3.5-large": Model("stabilityai/stable-diffusion-3.5-large", 40, train_steps=10, batch=8),
     "sd-turbo": Model("stabilityai/sd-turbo", **TURBO),
-    "sd1.5": Model("stable-diffusion-v1-5/stable-diffusion-v1-5", 20, guidance=5, train_steps=5, **TEN_STEPS),
+    "sd1.5": Model("stable-diffusion-v1-5/stable-diffusion-v1-5", 20, guidance=5, train_steps=5),
     "sdxl-turbo": Model("stabilityai/sdxl-turbo", **TURBO),
     "sdxl": Model("stabilityai/stable-diffusion-xl-base-1.0", 30, "1024", **SDXL),
-    "flux-schnell": Model("black-forest-labs/FLUX.1-schnell", 4, churn=0.025, batch=8),
-    "flux-dev": Model("black-forest-labs/FLUX.1-dev", 28, "512", 3.5, train_steps=7, **DEV),
+    "flux-schnell": Model("black-forest-labs/FLUX.1-schnell", 4, churn=0.025, batch=8, rollout_steps=None),
+    "flux-dev": Model("black-forest-labs/FLUX.1-dev", 28, "512", 3.5, train_steps=7, batch=8, tokens=512),
 }
 # a model that is not in the table gets what suits one of its class that is
 LIKE = {
@@ -145,8 +142,8 @@ def text_encoders(index):
 def load_pipeline(model, dtype, encoder=None):
     """Load the diffusers pipeline of a Model: one text encoder alone, or all but those; or a UserError."""
     path, index = model.path, read_index(model.path)
-    left_out = {*text_encoders(index), "safety_checker", *(["transformer", "unet", "vae"] if encoder else [])}
-    left_out.discard(encoder)
+    kept = {encoder} if encoder else {"transformer", "unet", "vae"}
+    left_out = {"transformer", "unet", "vae", "safety_checker", *text_encoders(index)} - kept
     absent = {part: None for part, kind in index.items() if kind == [None, None] or part in left_out}
     variant = model.variant
     if Path(path).is_dir():
