@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import threading
+import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,20 +18,21 @@ from support.errors import first_line
 from support.pictures import png, save_picture, to_pil
 
 PAGE = Path(__file__).with_name("human.html")
+# what may be raised by reading JSON that is damaged, or of another shape
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
 
 class Human:
     """R = 1 for the image of a group that a person prefers, 0 for the others; without preference 1/2 for all.
 
     Groups are `branches` consecutive images, `groups` of them an iteration. Answers are added to
-    preferences.jsonl in the run's folder, and their images side by side to preferences/KEY.png. A group that
-    was answered before is not shown again: a run that was stopped goes on without asking twice. A call waits
-    until all its groups are answered; the page may be closed and opened meanwhile.
+    preferences.jsonl in the run's folder, and their images side by side to preferences/KEY.png; what was
+    answered before is not asked again. A call waits until all its groups are answered.
     """
 
     def __init__(self, branches, groups):
         self.branches, self.groups = branches, groups
-        self.answers, self.waiting, self.changed = {}, {}, threading.Condition()
+        self.answers, self.waiting, self.lock = {}, {}, threading.Lock()
         self.more = {}  # what else the page is to say, by names that human.html knows
 
     def open(self, folder, interrupted=()):
@@ -39,11 +42,11 @@ class Human:
         """
         self.folder, self.interrupted = Path(folder), interrupted
         self.answers = dict(self.read_answers())
-        handler = type("Handler", (Handler,), {"human": self})
         try:
-            server = ThreadingHTTPServer(("127.0.0.1", 8765), handler)
+            server = ThreadingHTTPServer(("127.0.0.1", 8765), Handler)
         except OSError:  # that port is taken: any other
-            server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+            server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.human = self
         server.handle_error = lambda *args: None  # of a page that was closed half-way
         threading.Thread(target=server.serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{server.server_port}/"
@@ -52,12 +55,10 @@ class Human:
         """(key, choice) of each line of preferences.jsonl; one that was cut short is passed over."""
         path = self.folder / "preferences.jsonl"
         for line in path.read_bytes().splitlines() if path.exists() else []:
-            try:
+            with suppress(*MALFORMED):
                 answer = json.loads(line)
                 if self.is_choice(answer["choice"]):
                     yield str(answer["key"]), answer["choice"]
-            except (ValueError, TypeError, KeyError, RecursionError):
-                continue
 
     def is_choice(self, choice):
         """Whether that is the number of an image, or None; json also has true and 0.0."""
@@ -73,11 +74,10 @@ class Human:
                 picture = to_pil(torch.cat(list(group), dim=2))
                 waiting[keys[-1]] = {"key": keys[-1], "prompt": prompt, "images": files}, picture
         self.waiting = waiting
-        with self.changed:
-            while self.waiting:
-                if self.interrupted:
-                    raise KeyboardInterrupt
-                self.changed.wait(0.2)  # now and then, to notice Ctrl-C
+        while self.waiting:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            time.sleep(0.05)
         R = torch.full((len(groups), self.branches), 0.5)
         for row, key in zip(R, keys):
             if self.answers[key] is not None:
@@ -95,7 +95,7 @@ class Human:
 
         ValueError if it is no choice. OSError if it cannot be written, and the group goes on waiting.
         """
-        with self.changed:
+        with self.lock:  # the same page may be open twice
             if not self.is_choice(choice):
                 raise ValueError(choice)
             if key not in self.waiting:
@@ -107,7 +107,6 @@ class Human:
             append_line(self.folder / "preferences.jsonl", line)
             self.answers[key] = choice
             del self.waiting[key]
-            self.changed.notify()
 
 
 def append_line(path, text):
@@ -125,7 +124,7 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 10  # seconds that a browser may say nothing
 
     def do_GET(self):
-        group = self.human.first()
+        group = self.server.human.first()
         if not self.from_here():
             self.send(403)
         elif self.path != "/group":
@@ -144,8 +143,8 @@ class Handler(BaseHTTPRequestHandler):
             if not 0 <= length <= 1000:
                 raise ValueError(length)
             answer = json.loads(self.rfile.read(length))
-            self.human.answer(answer["key"], answer["choice"])
-        except (ValueError, TypeError, KeyError, RecursionError):
+            self.server.human.answer(answer["key"], answer["choice"])
+        except MALFORMED:
             return self.send(400)
         except OSError as error:  # as a full disk
             return self.send(500, first_line(error).encode())

@@ -23,11 +23,10 @@ from support.evaluation import gather_rows, processes
 from support.pictures import png
 from support.run import warn
 from zoo.http import Http
-from zoo.human import append_line
+from zoo.human import MALFORMED, append_line
 from zoo.vlm import MATCH
 
 SCALE = re.compile(r"\b(?:from|of|between) (\d{1,3}) ?(?:to|and|-) ?(\d{1,3})\b", re.IGNORECASE)
-MALFORMED = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 WHY = dict.fromkeys((400, 413, 415, 422), "does not take the question (can the model see images?)")
 WHY |= dict.fromkeys((401, 403), "refuses OPENAI_API_KEY") | dict.fromkeys((402, 429), "is not paid for")
 WHY |= {404: "knows no such model"}

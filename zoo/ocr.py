@@ -3,7 +3,6 @@
 import math
 import re
 
-import numpy as np
 import torch
 
 from support.errors import UserError
@@ -14,7 +13,7 @@ class Ocr:
     """How well the words that stand in quotes in the prompt can be read: 1 to 0, without case and spaces.
 
     1 - edit distance / length of what is asked for, as in Flow-GRPO (Liu et al. 2025). NaN without quotes.
-    engine: a callable from a BGR array to something with `txts`, as rapidocr's.
+    engine: a callable from a PIL image to something with `txts`, as rapidocr's.
     """
 
     def __init__(self, engine):
@@ -24,7 +23,7 @@ class Ocr:
         R = []
         for image, prompt in zip(images, prompts):
             wanted = "".join(re.findall(r'["“]([^"“”]+)["”]', prompt))
-            read = " ".join(self.engine(np.asarray(to_pil(image))[:, :, ::-1]).txts or ())
+            read = " ".join(self.engine(to_pil(image)).txts or ())
             wanted, read = ("".join(text.lower().split()) for text in (wanted, read))
             R.append(1 - min(edit_distance(wanted, read) / len(wanted), 1) if wanted else math.nan)
         return torch.tensor(R)

@@ -27,8 +27,8 @@ class Vlm:
 
     def __call__(self, images, prompts):
         vision = self.image_processor([to_pil(image) for image in images], return_tensors="pt")
-        # how many tokens each image takes
-        counts = vision["image_grid_thw"].prod(1) // self.image_processor.merge_size**2
+        vision = vision.to(self.model.device, self.model.dtype)
+        counts = vision["image_grid_thw"].prod(1) // self.image_processor.merge_size**2  # tokens per image
         texts = []
         for prompt, count in zip(prompts, counts.tolist()):
             question = {"type": "text", "text": self.question.replace("{prompt}", prompt)}
@@ -36,8 +36,7 @@ class Vlm:
             text = self.tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
             texts.append(text.replace(self.image_token, self.image_token * count, 1))
         tokens = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
-        vision["pixel_values"] = vision["pixel_values"].to(self.model.dtype)
-        inputs = {name: a.to(self.model.device) for name, a in {**tokens, **vision}.items()}
+        inputs = {**tokens.to(self.model.device), **vision}
         logits = self.model(**inputs, logits_to_keep=1).logits[:, -1].float()
         return 100 * torch.sigmoid(logits[:, self.yes] - logits[:, self.no])
 
