@@ -32,15 +32,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {first_line(message)}\n")
 
 
-def number(kind, low=-float("inf"), high=float("inf")):
-    """An argparse type: a finite int or float within [low, high], of at most 20 characters; ints to 10^9."""
-    high = min(high, 10**9) if kind is int else high
+def number(kind, low, high=10**9):
+    """An argparse type: an int or float within [low, high], of at most 20 characters."""
 
     def parse(text):
         if not re.fullmatch(r"[-+0-9.eE]{1,20}", text):
             raise ValueError(text)
         value = kind(text)
-        if not low <= value <= high or abs(value) == float("inf"):
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
@@ -105,6 +104,6 @@ def add_estimator_arguments(parser, name, estimator, models=()):
         if kind is bool:
             group.add_argument(flags[-1], action="store_true", help=words, default=None)
         else:
-            read = number(kind, kind is int) if kind in (int, float) else str
+            read = {int: number(int, 1), float: number(float, 0)}.get(kind, str)
             group.add_argument(flags[-1], type=read, help=words)
     parser.hint = f"; --estimator {name} takes {', '.join(flags) or 'no flags of its own'}"

@@ -32,8 +32,7 @@ def mean_and_error(values, prompts):
     A prompt's images are not independent, so they are averaged first; what is not finite is left out.
     """
     values, prompts = values[values.isfinite()].double(), prompts[values.isfinite()]
-    _, rows, counts = prompts.unique(return_inverse=True, return_counts=True)
-    means = torch.zeros(len(counts), dtype=values.dtype).index_add(0, rows, values) / counts
+    means = torch.tensor([values[prompts == prompt].mean() for prompt in prompts.unique()])
     error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else None
     return values.mean().item() if len(values) else None, error
 
@@ -146,8 +145,8 @@ class HeldOut:
             record |= statistics("held_out", R, prompts) | statistics("gain", R - self.base[0], prompts)
         change = {name: v - self.base[1][name] for name, v in values.items()}
         for key, group in (("watched", values), ("change", change)):
-            both = {name: mean_and_error(v, prompts) for name, v in group.items()}
-            record[key], record[f"{key}_se"] = ({name: b[i] for name, b in both.items()} for i in (0, 1))
+            record[key] = {name: mean_and_error(v, prompts)[0] for name, v in group.items()}
+            record[f"{key}_se"] = {name: mean_and_error(v, prompts)[1] for name, v in group.items()}
         terms = self.reward.terms | {name: term for t in self.watched for name, term in t.terms.items()}
         learned = {name: term for name, term in terms.items() if hasattr(term, "choice_error")}
         if learned:  # from choices, of whose number their errors tell

@@ -190,7 +190,7 @@ class Run:
         if grids := read_grids(self.folder):
             animate(self.folder, grids)
             report(self.folder, grids, self.records, self.args.reward)
-        first, last = ([r for r in self.records if "change" in r][i] for i in (0, -1))
+        first, last = self.records[0], [r for r in self.records if "change" in r][-1]
         gained = changes(last, last["change"])
         if last.get("gain") is not None:
             before, after = (plus_minus(r["held_out"], r["held_out_se"], "") for r in (first, last))
