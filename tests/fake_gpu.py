@@ -15,6 +15,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from studies.profiler import Generator
+
 aten = torch.ops.aten
 # to PyTorch's C++ our tensors are on "meta", the only device that has autograd and needs no driver
 CPU, GPU, META = (torch.device(name) for name in ("cpu", "cuda:0", "meta"))
@@ -154,17 +156,6 @@ def backward(loss):
     """loss.backward(), which would leave `Functions`, where checkpoints compute again."""
     engine, one = torch.autograd.Variable._execution_engine, torch.ones_like(loss)
     engine.run_backward((loss,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
-
-
-class Generator(torch.Generator):
-    """A generator of the CPU that says it is on another device."""
-
-    device = property(lambda self: self.named)
-
-    def __new__(cls, device="cpu"):
-        generator = super().__new__(cls)
-        generator.named = torch.device(device)
-        return generator
 
 
 @contextmanager
