@@ -36,7 +36,7 @@ class Model:
     kl: float = 0  # pull to the base model
     batch: int = 12  # images in one network call
     layers: str = "attention"  # with a LoRA, as lora_files.layers_named has them
-    rollout_steps: int | None = 10  # at most; sooner than all, less harm than fewer: docs/comparison.md
+    rollout_steps: int | None = 10  # at most; as Flow-GRPO: docs/comparison.md
     iterations: int = 100
     tokens: int = 256  # of the T5 encoder, or zeros in its place
     variant: str | None = None  # of the files to download: "fp16" are half as large
