@@ -168,13 +168,21 @@ def cheapness(c):
     return -cost_to_reach(c, GOAL) if cost_to_reach(c, GOAL, "clip") >= -2 else -np.inf
 
 
+def middle_and_ends(values, form):
+    """The median of values [seeds], of which NaN is never, and the first and last, as "5 (3 to never)"."""
+    values = np.sort(values)  # NaN to the end
+    chosen = values[[len(values) // 2, 0, -1]]
+    middle, first, last = ("never" if np.isnan(x) else form.format(x) for x in chosen)
+    return middle if first == last else f"{middle} ({first} to {last})"
+
+
 def study_steps(args, path, seeds):
     """Draw what it costs to reach GOAL against the number of steps, by method. Returns a table of it.
 
-    Each at the learning rate that was cheapest on another seed. Means of the seeds, ± one standard deviation;
-    a method that does not get there on every seed has none.
+    Each at the learning rate that was cheapest on another seed. Lines and table: the medians of the seeds,
+    where one that never gets there counts as dearest. Points: each seed.
     """
-    methods = {(method, steps): flags for steps, row in STEPS.items() for method, flags in row.items()}
+    methods = {f"{method}, {n}": flags for n, row in STEPS.items() for method, flags in row.items()}
     best, lines = tune(args, methods, STEP_RATES, cheapness)
     run_missing(args, [(flags, "aesthetic", seed) for flags in best.values() for seed in seeds])
     costs = {"images": "images", "evaluations": "evaluations of the network", "clip": "change in clip"}
@@ -185,17 +193,17 @@ def study_steps(args, path, seeds):
         axis.set(xscale="log", xlabel="sampling steps", ylabel=f"{label} to +{GOAL:g}")
         axis.set(yscale="linear" if cost == "clip" else "log", xticks=list(STEPS), xticklabels=STEPS)
         axis.minorticks_off()
-        for method in dict.fromkeys(method for method, _ in best):
-            runs = [[curves(args, best[method, n], "aesthetic", [seed]) for seed in seeds] for n in STEPS]
+        for method in STEPS[min(STEPS)]:
+            keys = [f"{method}, {n}" for n in STEPS]
+            runs = [[curves(args, best[key], "aesthetic", [seed]) for seed in seeds] for key in keys]
             spent = np.array([[cost_to_reach(c, GOAL, cost) for c in row] for row in runs])
-            means, spreads = spent.mean(1), spent.std(1, ddof=1)
-            axis.errorbar(list(STEPS), means, spreads, marker="o", capsize=3, label=method)
-            for n, mean, spread in zip(STEPS, means, spreads):
-                numbers = f"{mean:+.1f} ± {spread:.1f}" if cost == "clip" else f"{mean:,.0f} ± {spread:,.0f}"
-                rows[method, n] += f"{'never' if np.isnan(mean) else numbers} | "
+            (line,) = axis.plot(list(STEPS), np.sort(spent)[:, len(seeds) // 2], label=method)
+            axis.plot(list(STEPS), spent, "o", color=line.get_color(), ms=4)
+            for key, values in zip(keys, spent):
+                rows[key] += middle_and_ends(values, "{:+.1f}" if cost == "clip" else "{:,.0f}") + " | "
     axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=80)
-    return lines + [f"| {method}, {n} | {row.strip()}" for (method, n), row in rows.items()]
+    return lines + [f"| {key} | {row.strip()}" for key, row in rows.items()]
 
 
 def main():
