@@ -201,7 +201,7 @@ def study_steps(args, path, seeds):
             axis.plot(list(STEPS), spent, "o", color=line.get_color(), ms=4)
             for key, values in zip(keys, spent):
                 rows[key] += middle_and_ends(values, "{:+.1f}" if cost == "clip" else "{:,.0f}") + " | "
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=80)
     return lines + [f"| {key} | {row.strip()}" for key, row in rows.items()]
 
