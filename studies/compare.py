@@ -2,7 +2,6 @@
 
 python -m studies.compare                # methods tuned alike; runs that are there already are not repeated
 python -m studies.compare others         # where gradients of the reward, SPSA and central differences stand
-python -m studies.compare sensitivity    # fdfo with other learning rates and churn
 python -m studies.compare steps          # what a gain costs each method, with few and many sampling steps
 """
 
@@ -40,10 +39,6 @@ OTHERS = {
     "backprop": f"{BASELINE}backprop --pairs 64 {SHORT} --lr 0.0002",
     "spsa": "--estimator spsa --iterations 24 --eval-every 6 --lr 0.003",
     "central": "--estimator central --iterations 48 --eval-every 12",
-}
-SENSITIVITY = {
-    "lr": {x: f"{FDFO} {SHORT} --lr {x}" for x in (0.00025, 0.0005, 0.001, 0.002, 0.004)},
-    "churn": {x: f"{FDFO} {SHORT} --lr 0.001 --churn {x}" for x in (0.002, 0.01, 0.05, 0.3, 2.0)},
 }
 STEPS = {  # the methods without a pull, by the number of steps, in training and in drawing
     steps: {
@@ -152,17 +147,6 @@ def draw_costs(path, measured):
     figure.savefig(path, dpi=70)
 
 
-def draw_sensitivity(path, args):
-    """Draw where the runs of SENSITIVITY end: gain and change in clip against the value of each flag."""
-    figure, axes = plt.subplots(2, len(SENSITIVITY), figsize=(9, 6), sharey="row", layout="constrained")
-    for column, (flag, trials) in zip(axes.T, SENSITIVITY.items()):
-        runs = [curves(args, flags, "aesthetic", [0]) for flags in trials.values()]
-        for axis, name in zip(column, ("gain", "clip")):
-            axis.plot([f"{value:g}" for value in trials], [c[name][0, -1] for c in runs], "o-")
-            axis.set(xlabel=f"--{flag}", ylabel="change in clip" if name == "clip" else "gain in aesthetic")
-    figure.savefig(path, dpi=80)
-
-
 def cheapness(c):
     """Minus the evaluations to GOAL; infinitely dear if it never comes, or clip has fallen by 2 by then."""
     return -cost_to_reach(c, GOAL) if cost_to_reach(c, GOAL, "clip") >= -2 else -np.inf
@@ -208,16 +192,11 @@ def study_steps(args, path, seeds):
 
 def main():
     parser = Parser(description=__doc__)
-    studies = "methods", "others", "sensitivity", "steps"
-    parser.add_argument("study", nargs="?", choices=studies, default="methods")
+    parser.add_argument("study", nargs="?", choices=["methods", "others", "steps"], default="methods")
     parser.add_argument("--out", default="runs/compare", help="folder of the runs (default runs/compare)")
     parser.add_argument("--seeds", type=number(int, 2, 100), default=3, help="runs of each (default 3)")
     args = parser.parse_args()
     picture, seeds = Path(args.out, f"{args.study}.png"), range(args.seeds)
-    if args.study == "sensitivity":
-        trials = [flags for values in SENSITIVITY.values() for flags in values.values()]
-        run_missing(args, [(flags, "aesthetic", 0) for flags in trials])
-        return draw_sensitivity(picture, args)
     if args.study == "steps":
         lines = study_steps(args, picture, seeds)
     else:

@@ -122,14 +122,6 @@ def test_wrong_arguments_are_one_line(flags, monkeypatch, capsys):
     assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-def test_the_sensitivity_is_drawn(study, tmp_path, monkeypatch):
-    flags = {rate: f"--estimator fast --lr {rate}" for rate in (0.1, 1.0)}
-    monkeypatch.setattr(compare, "SENSITIVITY", {"lr": flags, "churn": flags})
-    monkeypatch.setattr(sys, "argv", [*sys.argv[:3], "sensitivity"])
-    compare.main()
-    assert len(study) == 2 and (tmp_path / "runs" / "sensitivity.png").stat().st_size > 5_000
-
-
 def test_what_a_gain_costs_by_steps(study, tmp_path, monkeypatch):
     steps = {n: {"ours": f"--estimator fast --steps {n}"} for n in (3, 20)}
     monkeypatch.setattr(compare, "STEPS", steps)
@@ -158,9 +150,8 @@ def test_never_is_later_than_all():
 def test_train_takes_the_flags_of_every_run(tmp_path, monkeypatch):
     import train
 
-    knobs = [flags for trials in compare.SENSITIVITY.values() for flags in trials.values()]
     steps = [flags for row in compare.STEPS.values() for flags in row.values()]
-    for flags in {*compare.METHODS.values(), *compare.OTHERS.values(), *knobs, *steps}:
+    for flags in {*compare.METHODS.values(), *compare.OTHERS.values(), *steps}:
         flags += " --lr 0.0005" * ("--lr" not in flags)
         name = compare.folder(SimpleNamespace(out=tmp_path), flags, *compare.TUNED_ON).name
         monkeypatch.setattr(sys, "argv", ["train.py", *flags.split(), "--name", name, "--out", str(tmp_path)])

@@ -16,7 +16,7 @@ TOP += " README.md LICENSE pyproject.toml"
 FOLDERS = "models zoo support studies exercises tests tiny docs"
 LINES = {  # what a room may hold, docstrings and comments counted
     "fdflow.py": 300, "rewards.py": 300, "train.py": 250, "sample.py": 150, "test_fdflow.py": 350,
-    "models": 588, "zoo": 895, "support": 662, "studies": 1205,
+    "models": 588, "zoo": 895, "support": 662, "studies": 1192,
 }  # fmt: skip
 # each imports what stands to its right; what stands together does not import each other
 ORDER = [{"exercises", "tests", "test_fdflow"}, {"studies"}, {"train", "sample"}, {"rewards", "models"}]
