@@ -48,7 +48,9 @@ def sample(velocity, eps, cond, times, churn=0.0, noise=torch.randn_like, trajec
     times: decreasing floats, from 1 at most down to 0, one more than there are steps. churn: strength >= 0 at
     every step and on the starting noise. trajectory: a list that receives (x_t, v) of every step.
     """
-    x = churned_step(eps, 0.0, 1.0, 1.0, churn, noise)  # a step of no length, which stirs the starting noise
+    x = churned_step(
+        eps, 0.0, 1.0, 1.0, churn, noise
+    )  # a step of no length, which stirs the starting noise
     x = times[0] * x  # some schedules start a little below 1
     for t, s in pairwise(times):
         v = velocity(x, t, cond)
@@ -77,7 +79,9 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         if self.population is None:
             return self.base(x) + self.scale * (x @ self.A.to(x.dtype).mT) @ self.B.to(x.dtype).mT
-        A, B = (matrix.to(x.dtype).mT for matrix in self.population)  # [K, in, rank], [K, rank, out]
+        A, B = (
+            matrix.to(x.dtype).mT for matrix in self.population
+        )  # [K, in, rank], [K, rank, out]
         members = x.reshape(len(A), -1, x.shape[-1])  # [K, rows of a member, in]
         return self.base(x) + (self.scale * (members @ A) @ B).view(*x.shape[:-1], -1)
 
@@ -92,7 +96,9 @@ class LoRA:
         model.requires_grad_(False)
         self.layers = {}
         for name, base in list(model.named_modules()):
-            if isinstance(base, nn.Linear) and any(f".{name}".endswith(f".{target}") for target in targets):
+            if isinstance(base, nn.Linear) and any(
+                f".{name}".endswith(f".{target}") for target in targets
+            ):
                 self.layers[name] = LoRALinear(base, rank, alpha or rank, generator)
                 model.set_submodule(name, self.layers[name])
         if not self.layers:
@@ -135,13 +141,17 @@ class Problem:
     sampled. Under torchrun all processes call it alike; each does its share and gets the whole gradient.
     """
 
-    velocity: Callable  # (x [B, ...], t a float or [B], cond [B, ...]) -> v [B, ...], through the LoRA
+    velocity: (
+        Callable  # (x [B, ...], t a float or [B], cond [B, ...]) -> v [B, ...], through the LoRA
+    )
     reward: Callable  # (x_0 [B, ...], cond [B, ...]) -> R [B], higher is better, NaN where there is none
     lora: LoRA
     times: list  # as in `sample`
     batch: int = 64  # most images in one call of velocity or reward
     step: Callable = lambda: None  # applies the gradients, for estimators with several updates
-    memory: dict = field(default_factory=dict)  # what an estimator keeps; train.py's checkpoints save it
+    memory: dict = field(
+        default_factory=dict
+    )  # what an estimator keeps; train.py's checkpoints save it
 
 
 def micro_batches(size, *tensors):
@@ -168,7 +178,10 @@ def slopes(problem, directions, h, eps, cond):
     """
     K, slopes_by_batch, size = len(directions), [], max(1, problem.batch // (2 * len(directions)))
     for e, c in zip(eps.split(size, dim=1), cond.split(size, dim=1)):
-        e, c = torch.cat([e, e]).flatten(0, 1), torch.cat([c, c]).flatten(0, 1)  # first all +h, then all -h
+        e, c = (
+            torch.cat([e, e]).flatten(0, 1),
+            torch.cat([c, c]).flatten(0, 1),
+        )  # first all +h, then all -h
         with problem.lora.perturbed(torch.cat([h * directions, -h * directions])):
             x = sample(problem.velocity, e, c, problem.times)
         plus, minus = problem.reward(x, c).to(directions).view(2, K, -1)
@@ -176,7 +189,9 @@ def slopes(problem, directions, h, eps, cond):
     return torch.cat(slopes_by_batch, dim=1).nan_to_num()  # a lost reward counts as no slope
 
 
-def central_difference(problem, eps, cond, generator=None, h: float = 0.1, coordinates: int | None = 32):
+def central_difference(
+    problem, eps, cond, generator=None, h: float = 0.1, coordinates: int | None = 32
+):
     """Central differences: g_i = (J(theta + h e_i) - J(theta - h e_i)) / 2h, one coordinate i after another.
 
     Exact up to O(h^2), at 2 G images a coordinate; the other parameters get no gradient.
@@ -207,7 +222,9 @@ def spsa(problem, eps, cond, generator=None, h: float = 0.02, directions: int = 
         raise ValueError(f"{len(eps)} groups cannot be dealt out evenly to {directions} directions")
     eps, cond = eps.unflatten(0, (directions, -1)), cond.unflatten(0, (directions, -1))
     g = torch.zeros_like(parameters_to_vector(problem.lora.parameters))
-    signs = torch.randint(2, (directions, len(g)), generator=generator, device=g.device, dtype=torch.int8)
+    signs = torch.randint(
+        2, (directions, len(g)), generator=generator, device=g.device, dtype=torch.int8
+    )
     for e, c, part in micro_batches(problem.batch // (2 * eps.shape[1]), eps, cond, signs):
         d = 2 * part.to(g) - 1  # [K, P]
         g += slopes(problem, d, h, e, c).mean(1) @ d / directions
@@ -232,7 +249,9 @@ def fdfo(problem, eps, cond, generator=None, branches: int = 2, churn: float = 0
     kl: pull to the base model
     """
     if branches < 2 or churn <= 0:
-        raise ValueError("fdfo compares at least 2 branches, and needs churn > 0 for them to differ")
+        raise ValueError(
+            "fdfo compares at least 2 branches, and needs churn > 0 for them to differ"
+        )
     rolls = roll_out(problem, eps, cond, branches, churn, generator)
     # rewards count in units of their mean difference, so that one learning rate suits any reward
     unit = sum((spread.sum() for *_, spread, _ in rolls), eps.new_zeros(()))
@@ -266,8 +285,13 @@ def roll_out(problem, eps, cond, branches, churn, generator=None):
         es, cs = e.repeat_interleave(branches, 0), c.repeat_interleave(branches, 0)  # [G K, ...]
         x = sample(problem.velocity, es, cs, problem.times, churn, partial(normal, generators))
         R = problem.reward(x, cs).view(-1, branches)  # [G, K]
-        R = R.where(R.isfinite().all(1, keepdim=True), 0)  # one lost reward, and its group says nothing
-        g, spread = image_gradient(R, x.view(*R.shape, -1)), (R - R.mean(1, keepdim=True)).abs().mean(1)
+        R = R.where(
+            R.isfinite().all(1, keepdim=True), 0
+        )  # one lost reward, and its group says nothing
+        g, spread = (
+            image_gradient(R, x.view(*R.shape, -1)),
+            (R - R.mean(1, keepdim=True)).abs().mean(1),
+        )
         rolls.append((x[::branches], c, g.view(e.shape), spread, generators))
     return rolls
 
@@ -284,7 +308,9 @@ def image_gradient(R, x):
 def normal(generators, x):
     """Normal noise like x, its i-th part from the i-th generator."""
     parts = zip(x.chunk(len(generators)), generators)
-    return torch.cat([torch.randn(a.shape, generator=g, device=x.device, dtype=x.dtype) for a, g in parts])
+    return torch.cat(
+        [torch.randn(a.shape, generator=g, device=x.device, dtype=x.dtype) for a, g in parts]
+    )
 
 
 def draw_times(times, n, generators):

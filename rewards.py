@@ -98,13 +98,18 @@ class Clip:
         else:
             size = [size["height"], size["width"]]
         if size != list(shape):
-            for shape in ((shape[0], size[1]), size):  # PIL, too, clips after each of its two passes
+            for shape in (
+                (shape[0], size[1]),
+                size,
+            ):  # PIL, too, clips after each of its two passes
                 images = F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)
         if config.do_center_crop:
             height, width = config.crop_size["height"], config.crop_size["width"]
             top, left = (size[0] - height) // 2, (size[1] - width) // 2
             images = images[:, :, top : top + height, left : left + width]
-        mean, std = (images.new_tensor(a).view(3, 1, 1) for a in (config.image_mean, config.image_std))
+        mean, std = (
+            images.new_tensor(a).view(3, 1, 1) for a in (config.image_mean, config.image_std)
+        )
         return (images - mean) / std
 
     def embed_images(self, images):
@@ -121,7 +126,9 @@ class Clip:
     @functools.lru_cache(maxsize=4096)
     def embed_text(self, prompt):
         """[D]."""
-        tokens = self.tokenizer([prompt], truncation=True, return_tensors="pt").to(self.model.device)
+        tokens = self.tokenizer([prompt], truncation=True, return_tensors="pt").to(
+            self.model.device
+        )
         return F.normalize(self.model.get_text_features(**tokens).pooler_output.float(), dim=-1)[0]
 
     def __call__(self, images, prompts):
@@ -177,7 +184,9 @@ def load_function(what, term):
     path = os.path.expanduser(path.strip('"'))
     if not os.path.isfile(path):
         raise UserError(f"{what} {term}: there is no file {path}")
-    sys.path.append(os.path.dirname(os.path.abspath(path)))  # last: nothing of ours or of Python is replaced
+    sys.path.append(
+        os.path.dirname(os.path.abspath(path))
+    )  # last: nothing of ours or of Python is replaced
     # dataclasses and pickle look their module up, under a name that no other has
     spec = importlib.util.spec_from_file_location(f"{what}_file_{len(sys.modules)}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -202,7 +211,9 @@ def parse(expression):
     if len(re.findall(r"[-+*(]", text)) > 100:  # each may be a level of recursion
         raise UserError(f"reward {expression[:40]!r}... is too long: 100 of + - * ( are the most")
     try:
-        tree = ast.parse(text.encode("ascii"), mode="eval").body  # of bytes, so that columns count characters
+        tree = ast.parse(
+            text.encode("ascii"), mode="eval"
+        ).body  # of bytes, so that columns count characters
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         column = getattr(error, "offset", 0) or getattr(error, "start", len(text)) + 1
         raise UserError(f"reward {expression!r} does not parse at column {column}") from error
@@ -246,7 +257,9 @@ class Reward:
             case ast.Constant(number) if type(number) in (int, float) and number <= 1e30:
                 return float(number)
         place = f"column {node.col_offset + 1} of reward {self.expression!r}"
-        raise UserError(f"{place}: only names, numbers to 1e30, + - * and parentheses may stand here")
+        raise UserError(
+            f"{place}: only names, numbers to 1e30, + - * and parentheses may stand here"
+        )
 
     def measure(self, images, prompts):
         """The values of each term, {name: float32 [B]}, NaN where one is not finite."""
@@ -278,14 +291,18 @@ def load_term(text, tiny, device, human):
             return importlib.import_module("zoo.http").Http(text)
         case ["human"]:
             if human is None:
-                raise UserError("reward human: only train.py with --estimator fdfo can ask a person")
+                raise UserError(
+                    "reward human: only train.py with --estimator fdfo can ask a person"
+                )
             return human
     raise UserError(f"there is no reward {text!r}; known: {KNOWN}")
 
 
 def call_reward(name, term, images, prompts):
     """[B]: what a reward returns, if that is what it must: one number for each image. UserError if not."""
-    if FILE.fullmatch(name):  # a stranger's code: it gets copies, since it may change what it is given
+    if FILE.fullmatch(
+        name
+    ):  # a stranger's code: it gets copies, since it may change what it is given
         with errors_of(f"reward {name}"):
             R = term(images.clone(), list(prompts))
     else:
@@ -294,7 +311,9 @@ def call_reward(name, term, images, prompts):
         R = torch.as_tensor(R, dtype=torch.float32, device=images.device).to_dense()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         kind = type(R).__name__
-        raise UserError(f"reward {name} must return numbers, not {kind}: {first_line(error)}") from error
+        raise UserError(
+            f"reward {name} must return numbers, not {kind}: {first_line(error)}"
+        ) from error
     if R.shape != (len(images),):
         raise UserError(f"reward {name} must return [{len(images)}] numbers, not {list(R.shape)}")
     return R.where(R.isfinite(), torch.nan)

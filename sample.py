@@ -23,8 +23,16 @@ def parse_args():
     add("--prompt", action="append", default=[], help="what to draw; may be given several times")
     add("--prompts", metavar="FILE", help="a text file with one prompt a line")
     add("--n", type=number(int, 1, 10_000), default=4, help="images of each prompt (default 4)")
-    add("--seed", type=number(int, 0, 10**9), default=0, help="image i has noise seed + i (default 0)")
-    add("--lora", help="a run folder, which also sets model, steps, guidance and size, or a LoRA file")
+    add(
+        "--seed",
+        type=number(int, 0, 10**9),
+        default=0,
+        help="image i has noise seed + i (default 0)",
+    )
+    add(
+        "--lora",
+        help="a run folder, which also sets model, steps, guidance and size, or a LoRA file",
+    )
     add("--out", default="sample.png", help="the picture to write (default sample.png)")
     add("--compare", action="store_true", help="base model | with LoRA, for the same noise")
     add_model_arguments(parser)
@@ -34,7 +42,9 @@ def parse_args():
         parser.error("give a --prompt or a file of --prompts")
     if args.compare and not args.lora:
         parser.error("--compare needs --lora")
-    if args.lora and any(Path(args.lora, name).exists() for name in ("config.json", "metrics.jsonl")):
+    if args.lora and any(
+        Path(args.lora, name).exists() for name in ("config.json", "metrics.jsonl")
+    ):
         keys = ("model", "steps", "guidance", "size")
         saved = parser.parse_args(read_config(args.lora, keys))
         for key in keys:

@@ -41,7 +41,9 @@ def small_problem(seed=0, **options):
 
 def draw(n, dim=3, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, dim, generator=generator).double(), torch.rand(n, generator=generator).double()
+    return torch.randn(n, dim, generator=generator).double(), torch.rand(
+        n, generator=generator
+    ).double()
 
 
 def exact_gradient(problem, eps, cond):
@@ -64,7 +66,10 @@ def test_central_difference_is_the_autograd_gradient():
     assert exact.norm() > 0.1
     all_of_them = {"coordinates": None}
     assert (
-        relative_error(estimated(problem, central_difference, *groups, h=1e-4, **all_of_them), exact) < 1e-6
+        relative_error(
+            estimated(problem, central_difference, *groups, h=1e-4, **all_of_them), exact
+        )
+        < 1e-6
     )
     # the error is h^2 times a constant: a third of h has a ninth of it
     coarse, fine = (
@@ -92,12 +97,15 @@ def test_spsa_error_falls_as_one_over_root_directions(directions):
     generator = torch.Generator().manual_seed(0)
     groups = eps.repeat(directions, 1), cond.repeat(directions)
     estimates = [
-        estimated(problem, spsa, *groups, generator, h=1e-3, directions=directions) for _ in range(20)
+        estimated(problem, spsa, *groups, generator, h=1e-3, directions=directions)
+        for _ in range(20)
     ]
     errors = torch.stack([(g - exact).square().sum() / unit for g in estimates])
     assert errors.mean() == pytest.approx(1, abs=0.16)
     # unbiased: the mean of all 20 has a twentieth of the squared error
-    assert (torch.stack(estimates).mean(0) - exact).square().sum() / unit * 20 == pytest.approx(1, abs=0.75)
+    assert (torch.stack(estimates).mean(0) - exact).square().sum() / unit * 20 == pytest.approx(
+        1, abs=0.75
+    )
 
 
 def test_both_sides_of_a_difference_see_the_same_noise():
@@ -123,13 +131,17 @@ def test_population_axis_equals_one_member_at_a_time():
         problem, groups = small_problem(batch=batch), draw(64)
         velocity = problem.velocity
         problem.velocity = lambda *args: calls.append(1) or velocity(*args)  # noqa: B023
-        results.append(estimated(problem, spsa, *groups, torch.Generator().manual_seed(3), directions=32))
+        results.append(
+            estimated(problem, spsa, *groups, torch.Generator().manual_seed(3), directions=32)
+        )
         calls.append("next")
     assert calls.index("next") == 5 and len(calls) == 2 + 5 + 5 * 64
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
     # and by hand: member k is the model with those parameters
     problem, (eps, cond) = small_problem(), draw(6)
-    offsets = 0.1 * torch.randn(3, sum(p.numel() for p in problem.lora.parameters), dtype=torch.float64)
+    offsets = 0.1 * torch.randn(
+        3, sum(p.numel() for p in problem.lora.parameters), dtype=torch.float64
+    )
     with problem.lora.perturbed(offsets):
         together = problem.velocity(eps, 0.5, cond)
     for offset, x, v in zip(offsets, eps.chunk(3), together.chunk(3)):
@@ -172,7 +184,9 @@ def constant_flow(dim=6):
         return x @ w
 
     times = [1.0, 0.8, 0.5, 0.4, 0.0]
-    problem = Problem(lambda x, t, cond: layer(torch.ones_like(x[:, :1])), reward, lora, times, 40000)
+    problem = Problem(
+        lambda x, t, cond: layer(torch.ones_like(x[:, :1])), reward, lora, times, 40000
+    )
     return problem, layer, w, seen
 
 
@@ -180,7 +194,9 @@ def constant_flow(dim=6):
 def test_fdfo_is_the_closed_form_for_a_linear_flow(train_steps):
     problem, layer, w, seen = constant_flow()
     eps, _ = draw(20000, len(w))
-    fdfo(problem, eps, torch.zeros(20000), torch.Generator().manual_seed(0), train_steps=train_steps)
+    fdfo(
+        problem, eps, torch.zeros(20000), torch.Generator().manual_seed(0), train_steps=train_steps
+    )
     R = seen[0].view(-1, 2)
     unit = (R - R.mean(1, keepdim=True)).abs().mean()
     # dJ/dv = -w, and the gradient of a mean over elements has the factor 2 / dim; .grad holds minus that
@@ -195,14 +211,22 @@ def test_fdfo_is_the_pull_that_it_says(branches, train_steps):
     problem, (eps, cond), scores, images, seen = small_problem(batch=1000), draw(16), [], [], []
     reward, velocity = problem.reward, problem.velocity
     problem.reward = lambda x, c: images.append(x) or scores.append(reward(x, c)) or scores[-1]
-    problem.velocity = lambda x, t, c: torch.is_grad_enabled() and seen.append((x, t)) or velocity(x, t, c)
+    problem.velocity = lambda x, t, c: (
+        torch.is_grad_enabled() and seen.append((x, t)) or velocity(x, t, c)
+    )
     options = dict(churn=0.1, branches=branches, train_steps=train_steps)
     g = estimated(problem, fdfo, eps, cond, torch.Generator().manual_seed(5), **options)
     assert len(seen) == train_steps
-    unit = (scores[0].view(16, branches) - scores[0].view(16, -1).mean(1, keepdim=True)).abs().mean()
+    unit = (
+        (scores[0].view(16, branches) - scores[0].view(16, -1).mean(1, keepdim=True)).abs().mean()
+    )
     for x, t in seen:
-        assert set(t.tolist()) <= set(problem.times[:-1])  # where the sampler, too, calls the network
-        for k, (R, y) in enumerate(zip(scores[0].view(16, branches), images[0].view(16, branches, -1))):
+        assert set(t.tolist()) <= set(
+            problem.times[:-1]
+        )  # where the sampler, too, calls the network
+        for k, (R, y) in enumerate(
+            zip(scores[0].view(16, branches), images[0].view(16, branches, -1))
+        ):
             dR, dy = R - R.mean(), y - y.mean(0)
             pull = sum(dR[i] * dy[i] for i in range(branches)) / branches / (dy**2).mean() / unit
             v = velocity(x[k : k + 1], t[k : k + 1], None)
@@ -213,7 +237,9 @@ def test_fdfo_is_the_pull_that_it_says(branches, train_steps):
 def test_fdfo_trains_images_with_fresh_noise():
     problem, layer, w, _ = constant_flow()  # where from noise 0 all images are x_0 = -v
     n, seen, velocity = 20_000, [], problem.velocity
-    problem.velocity = lambda x, t, c: torch.is_grad_enabled() and seen.append((x, t)) or velocity(x, t, c)
+    problem.velocity = lambda x, t, c: (
+        torch.is_grad_enabled() and seen.append((x, t)) or velocity(x, t, c)
+    )
     eps = torch.zeros(n, len(w)).double()
     fdfo(problem, eps, torch.zeros(n), torch.Generator().manual_seed(0), churn=1e-9)
     ((x, t),) = seen
@@ -234,8 +260,13 @@ def test_the_difference_of_a_pair_is_the_formula_of_the_paper():
 
 def test_kl_pulls_to_the_base_model():
     problem, (eps, cond), seen = small_problem(), draw(8), []
-    velocity, problem.reward = problem.velocity, lambda x, cond: torch.ones_like(cond)  # only the pull
-    problem.velocity = lambda x, t, c: torch.is_grad_enabled() and seen.append((x, t)) or velocity(x, t, c)
+    velocity, problem.reward = (
+        problem.velocity,
+        lambda x, cond: torch.ones_like(cond),
+    )  # only the pull
+    problem.velocity = lambda x, t, c: (
+        torch.is_grad_enabled() and seen.append((x, t)) or velocity(x, t, c)
+    )
     g = estimated(problem, fdfo, eps, cond, torch.Generator().manual_seed(0), kl=0.7)
     ((x, t),) = seen
     with problem.lora.switched_off():
@@ -260,7 +291,9 @@ def test_fdfo_drops_a_group_with_a_nan():
 @pytest.mark.parametrize("churn", [0.0025, 0.1, 1.0])
 def test_churn_keeps_the_marginals(churn):
     n, generator = 100_000, torch.Generator().manual_seed(0)
-    slack = 5 / math.sqrt(n)  # five standard errors of a mean; those of a standard deviation are smaller
+    slack = 5 / math.sqrt(
+        n
+    )  # five standard errors of a mean; those of a standard deviation are smaller
     eps = torch.randn(n, 1, generator=generator, dtype=torch.float64)
 
     def noise(x):
@@ -330,6 +363,10 @@ def test_lora_computes_in_the_dtype_of_the_model_and_learns_in_float32():
     x = torch.randn(5, 4).bfloat16()
     y = layer(x)
     y.sum().backward()
-    assert y.dtype == torch.bfloat16 and layer.A.grad.dtype == torch.float32 and base.weight.grad is None
+    assert (
+        y.dtype == torch.bfloat16
+        and layer.A.grad.dtype == torch.float32
+        and base.weight.grad is None
+    )
     expected = base(x).float() + x.float() @ layer.A.T @ layer.B.T
     torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.02)  # bfloat16 has 8 bits

@@ -56,22 +56,57 @@ def make_parser(estimator):
         raise UserError(f"there is no estimator {estimator!r}; known: {known}")
     parser = Parser(description=__doc__)
     add, whole = parser.add_argument, number(int, 1)
-    add("--reward", default="aesthetic", help='an expression as "clip - 0.1*jpeg_size" (default aesthetic)')
+    add(
+        "--reward",
+        default="aesthetic",
+        help='an expression as "clip - 0.1*jpeg_size" (default aesthetic)',
+    )
     add("--watch", default=WATCHED, help=f"rewards to measure, not train (default {WATCHED})")
-    add("--prompts", metavar="FILE", help="a prompt a line, every tenth held out (default: emoji names)")
-    add("--estimator", default="fdfo", help=f"{', '.join(ESTIMATORS)} or file.py:function (default fdfo)")
-    add("--iterations", type=whole, help="roll-outs (default: tiny 88, others 100; spsa 20, central 30)")
-    add("--rollout-steps", type=whole, help="sampling steps in training alone (default: the model's)")
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="a prompt a line, every tenth held out (default: emoji names)",
+    )
+    add(
+        "--estimator",
+        default="fdfo",
+        help=f"{', '.join(ESTIMATORS)} or file.py:function (default fdfo)",
+    )
+    add(
+        "--iterations",
+        type=whole,
+        help="roll-outs (default: tiny 88, others 100; spsa 20, central 30)",
+    )
+    add(
+        "--rollout-steps",
+        type=whole,
+        help="sampling steps in training alone (default: the model's)",
+    )
     add("--seed", type=number(int, 0, 10**6), default=0, help="of everything random (default 0)")
-    add("--pairs", type=whole, help="noises, groups, of an iteration (default: fdfo 32, spsa 128, central 2)")
-    add("--lr", type=number(float, 0, 1), help="step size (default: the model's; spsa 0.01, central 0.004)")
+    add(
+        "--pairs",
+        type=whole,
+        help="noises, groups, of an iteration (default: fdfo 32, spsa 128, central 2)",
+    )
+    add(
+        "--lr",
+        type=number(float, 0, 1),
+        help="step size (default: the model's; spsa 0.01, central 0.004)",
+    )
     add("--rank", type=whole, help="of the LoRA (default: the model's; spsa and central 1)")
-    add("--layers", help="with a LoRA: attention, modulation, all, last or names (default: the model's)")
+    add(
+        "--layers",
+        help="with a LoRA: attention, modulation, all, last or names (default: the model's)",
+    )
     add("--name", help="of the run (default: made from the reward)")
     add("--out", default="runs", help="folder of the runs (default runs)")
     add("--eval-every", type=whole, default=20, help="iterations between evaluations (default 20)")
     add("--resume", action="store_true", help="go on with the run --name")
-    add("--max-requests", type=whole, help="to judges in a run; where it needs more, it stops (default: any)")
+    add(
+        "--max-requests",
+        type=whole,
+        help="to judges in a run; where it needs more, it stops (default: any)",
+    )
     add_model_arguments(parser)
     try:
         models = vars(MODELS["tiny"]) if estimator == "fdfo" else ()
@@ -96,18 +131,24 @@ def parse_args():
     parser, estimate = make_parser(known.estimator or "fdfo")
     if saved:
         saved = vars(parser.parse_args(saved))  # so what stands in the file is checked as well
-        parser.set_defaults(**{key: value for key, value in saved.items() if key not in ("name", "out")})
+        parser.set_defaults(
+            **{key: value for key, value in saved.items() if key not in ("name", "out")}
+        )
     args = parser.parse_args()
     for key in set(saved) - set(MAY_CHANGE):
         if getattr(args, key) != saved[key]:
-            raise UserError(f"--resume: the run was started with --{key.replace('_', '-')} {saved[key]}")
+            raise UserError(
+                f"--resume: the run was started with --{key.replace('_', '-')} {saved[key]}"
+            )
     model = fill_defaults(args)
     suits = {"pairs": 32, **vars(model), **SUITS.get(args.estimator, {})}
     for key in ("iterations", "pairs", "lr", "rank", "layers"):
         setattr(args, key, suits[key] if getattr(args, key) is None else getattr(args, key))
     options = {}
     for key, parameter in options_of(estimate).items():
-        default = suits.get(key, parameter.default) if args.estimator == "fdfo" else parameter.default
+        default = (
+            suits.get(key, parameter.default) if args.estimator == "fdfo" else parameter.default
+        )
         options[key] = default if getattr(args, key) is None else getattr(args, key)
     vars(args).update(options)
     return args, model, partial(estimate, **options)
@@ -154,7 +195,9 @@ def call_estimator(name, estimate, problem, *args):
     except ValueError as error:
         raise UserError(f"estimator {name}: {first_line(error)}") from error
     if not isinstance(images, int) or any(p.grad is None for p in problem.lora.parameters):
-        raise UserError(f"estimator {name} must add to every .grad, and return how many images it sampled")
+        raise UserError(
+            f"estimator {name} must add to every .grad, and return how many images it sampled"
+        )
     return images
 
 
@@ -185,7 +228,9 @@ def main():
     flow.scale_gradients(lora)
     fused = args.device.startswith("cuda") or None
     optimizer = torch.optim.AdamW(lora.parameters, args.lr, weight_decay=1e-4, fused=fused)
-    if args.estimator == "central":  # Adam would move all of a block's coordinates alike, however steep
+    if (
+        args.estimator == "central"
+    ):  # Adam would move all of a block's coordinates alike, however steep
         optimizer = torch.optim.SGD(lora.parameters, args.lr)
     step = partial(optimizer_step, optimizer, lora.parameters)
     velocity, scorer = Counted(flow.velocity), Scorer(flow, reward)
@@ -214,7 +259,10 @@ def main():
         answers.open(run.folder)
     if "human" in reward.terms:
         run.make_folder()
-        print(f"compare the images at {reward.terms['human'].open(run.folder, run.interrupted)}", flush=True)
+        print(
+            f"compare the images at {reward.terms['human'].open(run.folder, run.interrupted)}",
+            flush=True,
+        )
 
     for iteration in run.iterations():
         start, last = time.time(), run.records[-1]
@@ -231,7 +279,10 @@ def main():
         if args.device.startswith("cuda"):
             record["memory_mb"] = round(torch.cuda.max_memory_allocated(args.device) / 1e6)
         record["evaluations"] = last.get("evaluations", 0) + velocity.pop_count()
-        stop, measure = run.stop_requested(), iteration % args.eval_every == 0 or iteration == args.iterations
+        stop, measure = (
+            run.stop_requested(),
+            iteration % args.eval_every == 0 or iteration == args.iterations,
+        )
         pictures, measured = held_out() if measure else (None, {})
         run.log(record | measured | answers.record(), pictures, held_out.prompts)
         if (measure or stop) and run.first:  # first, so that no checkpoint is ahead of it

@@ -42,8 +42,14 @@ def right_overshoot(s, churn):
 
 def test_overshoot_divides_the_noise_level():
     for s, churn in CASES:
-        hint = "The level to divide is s / (1 - s), not s." if s < 1 else "At s = 1 all is noise: r = 1."
-        assert_close(overshoot(s, churn), right_overshoot(s, churn), f"r for s = {s}, churn = {churn}", hint)
+        hint = (
+            "The level to divide is s / (1 - s), not s."
+            if s < 1
+            else "At s = 1 all is noise: r = 1."
+        )
+        assert_close(
+            overshoot(s, churn), right_overshoot(s, churn), f"r for s = {s}, churn = {churn}", hint
+        )
 
 
 def test_the_signal_is_kept():
@@ -51,8 +57,12 @@ def test_the_signal_is_kept():
         r = right_overshoot(s, churn)
         a = add_noise(1.0, r, churn, 0.0)
         hint = "The step took the image to 1 - r parts, and 1 - s are wanted: scale x_r down."
-        assert abs(a * (1 - r) - (1 - s)) < 1e-9, f"s = {s}, churn = {churn}: {a * (1 - r):.4f} parts. {hint}"
-        assert a < 1 or churn == 0, f"s = {s}, churn = {churn}: a = {a:.4f}, but noise is added. {hint}"
+        assert abs(a * (1 - r) - (1 - s)) < 1e-9, (
+            f"s = {s}, churn = {churn}: {a * (1 - r):.4f} parts. {hint}"
+        )
+        assert a < 1 or churn == 0, (
+            f"s = {s}, churn = {churn}: a = {a:.4f}, but noise is added. {hint}"
+        )
 
 
 def test_the_noise_is_kept():
@@ -70,4 +80,6 @@ def test_it_is_the_step_of_fdflow():
         expected = fdflow.churned_step(x, v, 1.0, s, churn, noise=lambda x_r: xi)
         r = overshoot(s, churn)
         found = add_noise(x + (r - 1.0) * v, r, churn, xi)
-        assert_close(found, expected, f"x_s for s = {s}, churn = {churn}", "Is the sign of xi kept?")
+        assert_close(
+            found, expected, f"x_s for s = {s}, churn = {churn}", "Is the sign of xi kept?"
+        )

@@ -62,16 +62,22 @@ def test_they_are_the_differences():
     for h in (0.5, 1e-3):  # of h + h^2 + h^3, by hand
         hint = "A central difference spans 2h." if h == 0.5 else ""
         assert_close(
-            one_sided(lambda h: h + h**2 + h**3, h), 1 + h + h**2, "one-sided slope of h + h^2 + h^3"
+            one_sided(lambda h: h + h**2 + h**3, h),
+            1 + h + h**2,
+            "one-sided slope of h + h^2 + h^3",
         )
-        assert_close(central(lambda h: h + h**2 + h**3, h), 1 + h**2, "central slope of h + h^2 + h^3", hint)
+        assert_close(
+            central(lambda h: h + h**2 + h**3, h), 1 + h**2, "central slope of h + h^2 + h^3", hint
+        )
 
 
 def test_the_error_left_at_a_third_of_h():
     for method, difference in (("one-sided", one_sided), ("central", central)):
         coarse, fine = (mean_error(difference, torch.float64, h) for h in (0.03, 0.01))
         hint = "Which is the first term of the Taylor series that does not cancel?"
-        assert_close(error_left(method), fine / coarse, f"{method}: your prediction", hint, tolerance=0.05)
+        assert_close(
+            error_left(method), fine / coarse, f"{method}: your prediction", hint, tolerance=0.05
+        )
 
 
 def test_the_best_h():

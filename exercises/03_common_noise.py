@@ -62,11 +62,17 @@ def test_both_estimate_the_slope():
         assert len(R.calls) == 2, f"{name}: R is called {len(R.calls)} times, and two suffice"
         (plus, eps), (minus, other) = R.calls
         seen = "the same noises" if torch.equal(eps, other) else "different noises"
-        assert torch.equal(eps, other) == same, f"{name}: the two sides see {seen}: how often to call draw()?"
+        assert torch.equal(eps, other) == same, (
+            f"{name}: the two sides see {seen}: how often to call draw()?"
+        )
         assert sorted([plus, minus]) == [-0.1, 0.1], f"{name}: the offsets are {plus} and {minus}"
-        slack = 4 * found.std().item() / N**0.5  # four standard errors, and 2 % for the truncation error
+        slack = (
+            4 * found.std().item() / N**0.5
+        )  # four standard errors, and 2 % for the truncation error
         hint = "Divide by the distance of the two sides, 2h, and subtract the minus side."
-        assert_close(found.mean(), exact, f"{name}: the mean slope", hint, slack / abs(exact) + 0.02)
+        assert_close(
+            found.mean(), exact, f"{name}: the mean slope", hint, slack / abs(exact) + 0.02
+        )
 
 
 def test_the_variance():
@@ -75,7 +81,13 @@ def test_the_variance():
     for h in (0.1, 0.02):
         variance = slopes_independent(R, h, draw).var()
         hint = "Var(R - R') = 2 Var(R) for independent R and R'; then the 2h, squared."
-        assert_close(predicted_variance(R_0, h), variance, f"the variance at h = {h}: yours", hint, 0.1)
+        assert_close(
+            predicted_variance(R_0, h), variance, f"the variance at h = {h}: yours", hint, 0.1
+        )
     coarse, fine = (slopes_common(R, h, draw).var() for h in (0.1, 0.02))
-    assert_close(fine, coarse, "with the same noise, the variance at h = 0.02", "h does not change it.", 0.1)
-    print(f"at h = 0.02 one pair with the same noise is worth {variance / fine:.0f} with different ones")
+    assert_close(
+        fine, coarse, "with the same noise, the variance at h = 0.02", "h does not change it.", 0.1
+    )
+    print(
+        f"at h = 0.02 one pair with the same noise is worth {variance / fine:.0f} with different ones"
+    )

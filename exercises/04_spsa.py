@@ -41,7 +41,9 @@ def flow():
 
     @torch.no_grad()
     def J(vector):
-        assert vector.shape == theta.shape, f"J takes one theta [{len(theta)}], not {list(vector.shape)}"
+        assert vector.shape == theta.shape, (
+            f"J takes one theta [{len(theta)}], not {list(vector.shape)}"
+        )
         J.calls += 1
         with problem.lora.perturbed((vector - theta)[None]):
             return problem.reward(sample(problem.velocity, eps, cond, problem.times), cond).mean()
@@ -67,7 +69,11 @@ def test_many_directions():
     hint = "It is the mean over the directions, each with its own slope."
     found = spsa(J, theta, 1e-3, signs)
     assert_close(
-        found, (signs @ exact) @ signs / 200, "the estimate from 200 directions", hint, tolerance=1e-3
+        found,
+        (signs @ exact) @ signs / 200,
+        "the estimate from 200 directions",
+        hint,
+        tolerance=1e-3,
     )
 
 
@@ -78,5 +84,9 @@ def test_the_error():
         measured = (g - m).square().sum(1).mean() / m.square().sum()
         hint = "For one direction the i-th element is m_i + sum over j != i of m_j d_j d_i."
         assert_close(
-            relative_squared_error(P, K), measured, f"P = {P}, K = {K}: your error", hint, tolerance=0.1
+            relative_squared_error(P, K),
+            measured,
+            f"P = {P}, K = {K}: your error",
+            hint,
+            tolerance=0.1,
         )

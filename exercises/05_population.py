@@ -40,13 +40,19 @@ def test_the_layer():
     x, W, A, B = (torch.randn(shape, generator=generator).double() for shape in shapes)
 
     def rows(member):  # each row by itself, with the member that sees it
-        return torch.stack([(W + 0.5 * B[member(i)] @ A[member(i)]) @ row for i, row in enumerate(x)])
+        return torch.stack(
+            [(W + 0.5 * B[member(i)] @ A[member(i)]) @ row for i, row in enumerate(x)]
+        )
 
     found = lora_forward(x, W, A, B, 0.5)
     assert found.shape == (12, 6), f"the output has the shape {list(found.shape)}, not [12, 6]"
     interleaved = torch.allclose(found, rows(lambda i: i % 4))
-    assert not interleaved, "member k acts on every K-th row: view x as [K, n, in], not as [n, K, in]"
-    assert_close(found, rows(lambda i: i // 3), "the output", "Is the scale there, and only on B A x?")
+    assert not interleaved, (
+        "member k acts on every K-th row: view x as [K, n, in], not as [n, K, in]"
+    )
+    assert_close(
+        found, rows(lambda i: i // 3), "the output", "Is the scale there, and only on B A x?"
+    )
 
 
 def test_the_slopes_in_one_pass():
@@ -64,9 +70,15 @@ def test_the_slopes_in_one_pass():
     found = slopes(problem, directions, 0.01, eps, cond)
     steps, members = len(problem.times) - 1, 2 * len(directions)
     assert len(calls) == steps, f"the network is called {len(calls)} times: one pass takes {steps}"
-    assert len(calls[0]) == members * len(eps), f"{len(calls[0])} images: 2 K n are {members * len(eps)}"
+    assert len(calls[0]) == members * len(eps), (
+        f"{len(calls[0])} images: 2 K n are {members * len(eps)}"
+    )
     seen = calls[0].view(members, len(eps), -1)
     same = all(torch.equal(part, eps) for part in seen)
-    assert same, "each part of the batch must be all n noises: eps.repeat(2 * K, 1), not repeat_interleave"
-    hint = "Undo the order in which you stacked the offsets: [2, K, n] if all plus sides come first."
+    assert same, (
+        "each part of the batch must be all n noises: eps.repeat(2 * K, 1), not repeat_interleave"
+    )
+    hint = (
+        "Undo the order in which you stacked the offsets: [2, K, n] if all plus sides come first."
+    )
     assert_close(found, expected, "the slopes", hint)

@@ -52,24 +52,39 @@ def test_a_group_of_two_is_a_pair():
     x, R = normal(2, 5), normal(2, seed=1)
     hint = "Means over k above and over k and the elements below."
     assert_close(
-        group_gradient(R, x), pair_gradient(*R, *x), "g of a group of two, against the pair's,", hint
+        group_gradient(R, x),
+        pair_gradient(*R, *x),
+        "g of a group of two, against the pair's,",
+        hint,
     )
 
 
 def test_only_differences_within_a_group_count():
     x, R = normal(4, 5), normal(4, seed=1)
     g = group_gradient(R, x)
-    assert_close(group_gradient(R + 10, x), g, "with 10 added to all rewards, g", "Subtract the mean of R.")
+    assert_close(
+        group_gradient(R + 10, x), g, "with 10 added to all rewards, g", "Subtract the mean of R."
+    )
     hint = "Subtract the mean image, below the fraction line as well."
     assert_close(group_gradient(R, x + 10), g, "with 10 added to all images, g", hint)
     dR, dx = R - R.mean(), x - x.mean(0)
-    expected = sum(dR[k] * dx[k] for k in range(4)) / 4 / (sum(dx[k] @ dx[k] for k in range(4)) / 20)
-    assert_close(g, expected, "g of a group of four", "Means over k above and over k and the elements below.")
+    expected = (
+        sum(dR[k] * dx[k] for k in range(4)) / 4 / (sum(dx[k] @ dx[k] for k in range(4)) / 20)
+    )
+    assert_close(
+        g, expected, "g of a group of four", "Means over k above and over k and the elements below."
+    )
 
 
 def test_equal_images_say_nothing():
     x = normal(1, 5).repeat(3, 1)
-    for g in (pair_gradient(1.0, 2.0, x[0], x[0]), group_gradient(torch.tensor([1.0, 2.0, 3.0]).double(), x)):
+    for g in (
+        pair_gradient(1.0, 2.0, x[0], x[0]),
+        group_gradient(torch.tensor([1.0, 2.0, 3.0]).double(), x),
+    ):
         assert_close(
-            g, torch.zeros(5), "g of equal images", "Keep 0 / 0 from happening: clamp what you divide by."
+            g,
+            torch.zeros(5),
+            "g of equal images",
+            "Keep 0 / 0 from happening: clamp what you divide by.",
         )

@@ -48,18 +48,27 @@ MUTANTS = {
 }
 HARMLESS = {
     "the original": image_gradient,
-    "rewards not centred": lambda R, x: (R[:, :, None] * centred(x)).mean(1) / mean_square(centred(x)),
+    "rewards not centred": lambda R, x: (
+        (R[:, :, None] * centred(x)).mean(1) / mean_square(centred(x))
+    ),
 }
 
 
 def gain(mutant):
     """What 20 iterations of FDFO gain in mean reward, with a mutant in place of image_gradient."""
     problem, (eps, cond) = small_problem(batch=1000), draw(512, seed=7)
-    optimizer, generator = torch.optim.Adam(problem.lora.parameters, 0.02), torch.Generator().manual_seed(0)
+    optimizer, generator = (
+        torch.optim.Adam(problem.lora.parameters, 0.02),
+        torch.Generator().manual_seed(0),
+    )
 
     @torch.no_grad()
     def J():
-        return problem.reward(fdflow.sample(problem.velocity, eps, cond, problem.times), cond).mean().item()
+        return (
+            problem.reward(fdflow.sample(problem.velocity, eps, cond, problem.times), cond)
+            .mean()
+            .item()
+        )
 
     before = J()
     with patch.object(fdflow, "image_gradient", mutant):
@@ -83,7 +92,9 @@ def test_the_right_function_is_not_accused():
 
 def test_every_mutant_is_noticed():
     missed = [name for name, mutant in MUTANTS.items() if not notices(mutant)]
-    why = "Compare every element of g with the formula, for several groups of more than two branches."
+    why = (
+        "Compare every element of g with the formula, for several groups of more than two branches."
+    )
     assert not missed, f"your test does not notice: {', '.join(missed)}. {why}"
 
 
@@ -91,4 +102,6 @@ def test_what_training_shows():
     for name, mutant in MUTANTS.items():
         found = gain(mutant)  # far from 0.5 for every one of them
         why = "Adam takes out constant factors; the direction is left, and a rough one will do."
-        assert still_rises(name) == (found > 0.5), f"{name}: the reward changed by {found:+.2f}. {why}"
+        assert still_rises(name) == (found > 0.5), (
+            f"{name}: the reward changed by {found:+.2f}. {why}"
+        )

@@ -68,4 +68,6 @@ def test_many_updates_stop():
         bounded = abs(stop - 1) < 2 * clip
         assert bounded, f"{where}: v goes on to rho = {stop:.3f}. Does the bound have |dR|, not dR?"
         hint = "Set the derivative of the loss with respect to rho to zero."
-        assert_close(rho_at_rest(dR, clip) - 1, stop - 1, f"{where}: your rho - 1", hint, tolerance=0.02)
+        assert_close(
+            rho_at_rest(dR, clip) - 1, stop - 1, f"{where}: your rho - 1", hint, tolerance=0.02
+        )

@@ -39,13 +39,19 @@ def spread(u, n):
 
 
 def shares(drawn):
-    assert set(drawn) <= set(TIMES[:-1]), f"times {set(drawn)} drawn: the network is called at {TIMES[:-1]}"
+    assert set(drawn) <= set(TIMES[:-1]), (
+        f"times {set(drawn)} drawn: the network is called at {TIMES[:-1]}"
+    )
     return [drawn.count(t) / len(drawn) for t in TIMES[:-1]]
 
 
 def test_a_time_is_as_likely_as_its_share():
-    hint = "The chance is the length of the step that starts there, over t_0 (which may be below 1)."
-    assert_close(shares([draw_time(TIMES, u) for u in U]), SHARES, "the chances of 0.9, 0.6, 0.5", hint)
+    hint = (
+        "The chance is the length of the step that starts there, over t_0 (which may be below 1)."
+    )
+    assert_close(
+        shares([draw_time(TIMES, u) for u in U]), SHARES, "the chances of 0.9, 0.6, 0.5", hint
+    )
 
 
 def test_uniform_steps_with_weights():
@@ -62,10 +68,16 @@ def test_spread_draws_are_uniform_and_even():
             f"spread(u, {n}) must be {n} different numbers"
         )
         flat = sorted(u for numbers in found for u in numbers)
-        assert 0 <= flat[0] and flat[-1] < 1, f"spread(u, {n}) leaves [0, 1): {flat[0]:.3f} to {flat[-1]:.3f}"
+        assert 0 <= flat[0] and flat[-1] < 1, (
+            f"spread(u, {n}) leaves [0, 1): {flat[0]:.3f} to {flat[-1]:.3f}"
+        )
         even = [(i + 0.5) / len(flat) for i in range(len(flat))]
         assert_close(
-            flat, even, "all numbers, sorted,", "u is uniform in [0, 1): shift by u / n.", tolerance=1e-6
+            flat,
+            even,
+            "all numbers, sorted,",
+            "u is uniform in [0, 1): shift by u / n.",
+            tolerance=1e-6,
         )
         counts = [sum(number < 1 / 2 for number in numbers) for numbers in found]
         assert max(counts) - min(counts) <= n % 2, (
@@ -77,4 +89,6 @@ def test_it_is_what_fdflow_draws():
     for seed in range(50):
         u = torch.rand(1, generator=torch.Generator().manual_seed(seed)).item()
         expected = fdflow.draw_times(TIMES, 4, [torch.Generator().manual_seed(seed)])[:, 0]
-        assert_close([draw_time(TIMES, u) for u in spread(u, 4)], expected, "four times", "From t_0 down.")
+        assert_close(
+            [draw_time(TIMES, u) for u in spread(u, 4)], expected, "four times", "From t_0 down."
+        )

@@ -26,8 +26,12 @@ import torch
 from exercises.hints import assert_close
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAIN = "train.py --watch clip,brightness --iterations 6 --pairs 16 --lr 0.003 --device cpu --name run"
-PROMPTS = "guard,unicorn,pineapple,light rail,party popper,hair pick,red apple,rainbow,cat with wry smile"
+TRAIN = (
+    "train.py --watch clip,brightness --iterations 6 --pairs 16 --lr 0.003 --device cpu --name run"
+)
+PROMPTS = (
+    "guard,unicorn,pineapple,light rail,party popper,hair pick,red apple,rainbow,cat with wry smile"
+)
 
 
 def change(before, after):
@@ -46,7 +50,10 @@ def repaired(images, prompts):
 
 def test_the_change_and_its_error():
     generator = torch.Generator().manual_seed(0)
-    prompt, image = torch.randn(50, 1, generator=generator), torch.randn(2, 50, 2, generator=generator)
+    prompt, image = (
+        torch.randn(50, 1, generator=generator),
+        torch.randn(2, 50, 2, generator=generator),
+    )
     before = 20 * prompt + image[0]  # prompts differ widely
     after = before + 1.0 + prompt + 0.1 * image[1]  # and so, a little, do their gains
     mean, error = change(before, after)
@@ -59,13 +66,24 @@ def test_the_change_and_its_error():
 def test_the_repaired_reward():
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "prompts.txt").write_text(PROMPTS.replace(",", "\n"))
-        command = [sys.executable, *TRAIN.split(), "--reward", f'"{inspect.getfile(repaired)}":repaired']
+        command = [
+            sys.executable,
+            *TRAIN.split(),
+            "--reward",
+            f'"{inspect.getfile(repaired)}":repaired',
+        ]
         command += ["--prompts", f"{folder}/prompts.txt", "--out", folder]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"train.py says: {(done.stderr.strip() or 'nothing').splitlines()[-1]}"
-        last = json.loads(Path(folder, "run", "metrics.jsonl").read_text().splitlines()[-1])["change"]
+        assert done.returncode == 0, (
+            f"train.py says: {(done.stderr.strip() or 'nothing').splitlines()[-1]}"
+        )
+        last = json.loads(Path(folder, "run", "metrics.jsonl").read_text().splitlines()[-1])[
+            "change"
+        ]
     found = f"brightness {last['brightness']:+.1f}, clip {last['clip']:+.1f}"
     print(found)
-    assert last["clip"] > -12, f"{found}: this reward gets hacked. Put into it what it must not give up."
+    assert last["clip"] > -12, (
+        f"{found}: this reward gets hacked. Put into it what it must not give up."
+    )
     assert last["brightness"] > 2, f"{found}: hardly brighter. Give brightness more weight."

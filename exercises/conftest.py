@@ -30,7 +30,9 @@ def functions_in(module):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--answers", type=Path, help="folder whose files fill in the exercises of the same name")
+    parser.addoption(
+        "--answers", type=Path, help="folder whose files fill in the exercises of the same name"
+    )
 
 
 def pytest_configure(config):

@@ -7,7 +7,9 @@ def assert_close(found, expected, what, hint="", tolerance=1e-6):
     """Pass if |found - expected| <= tolerance |expected|; else say how they differ, then the hint."""
     assert found is not None, f"{what}: your function returned None"
     found, expected = (torch.as_tensor(value, dtype=torch.float64) for value in (found, expected))
-    assert found.shape == expected.shape, f"{what}: shape {list(found.shape)}, not {list(expected.shape)}"
+    assert found.shape == expected.shape, (
+        f"{what}: shape {list(found.shape)}, not {list(expected.shape)}"
+    )
     assert found.isfinite().all(), f"{what} is not finite: something was divided by zero"
     size = expected.norm().item()
     if (found - expected).norm() <= tolerance * size:

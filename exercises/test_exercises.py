@@ -24,21 +24,36 @@ MISTAKES = [  # (exercise, what stands in its solution, what a student wrote, wo
     ("03", "2 * R_0.var()", "R_0.var()", "2 Var(R)"),
     ("04", "/ (2 * h)", "/ h", "is 2 times what it should be"),
     ("04", "slope * d /", "slope /", "the slope times d"),
-    ("04", "J(theta + h * d) - J(theta - h * d)", "J(theta - h * d) - J(theta + h * d)", "wrong sign"),
+    (
+        "04",
+        "J(theta + h * d) - J(theta - h * d)",
+        "J(theta - h * d) - J(theta + h * d)",
+        "wrong sign",
+    ),
     ("04", " / len(signs)", "", "mean over the directions"),
     ("05", "(members @", "(x.view(-1, len(A), 1, x.shape[-1]) @", "every K-th"),
     ("05", "scale * ", "", "Is the scale there"),
     ("05", "eps.repeat(members, 1)", "eps.repeat_interleave(members, 0)", "not repeat_interleave"),
     ("05", "R.view(2, len(directions), -1)", "R.view(len(directions), 2, -1).unbind(1)", "order"),
     ("06", "dx = x_1 - x_2", "dx = x_2 - x_1", "wrong sign"),
-    ("06", "(R_1 - R_2) * dx / (dx**2).mean()", "(R_1 - R_2) * dx / (dx**2).sum()", "not their sum"),
+    (
+        "06",
+        "(R_1 - R_2) * dx / (dx**2).mean()",
+        "(R_1 - R_2) * dx / (dx**2).sum()",
+        "not their sum",
+    ),
     ("06", "(R_1 - R_2)", "abs(R_1 - R_2)", "no absolute values"),
     ("06", ".mean(0) / (dx**2).mean()", ".sum(0) / (dx**2).mean()", "is 2 times"),
     ("06", ".mean(0) / (dx**2).mean()", ".mean(0) / (x**2).mean()", "below the fraction line"),
     ("06", ".clamp(min=1e-12)", "", "divided by zero"),
     ("07", "not torch.allclose(g, expected)", "g @ expected < 0", "three times as long"),
     ("07", "((3, 4), (3, 4, 5))", "((1, 4), (1, 4, 5))", "rewards of the next group"),
-    ("07", 'not in ("wrong sign", "rewards of the next group")', '== "three times as long"', "a rough one"),
+    (
+        "07",
+        'not in ("wrong sign", "rewards of the next group")',
+        '== "three times as long"',
+        "a rough one",
+    ),
     ("08", "v_ref - g)", "v_ref + g)", "the target is v_ref - g"),
     ("08", "g / dR", "g", "so that dR cancels"),
     ("08", "abs(dR)", "dR", "|dR|, not dR"),
@@ -47,7 +62,12 @@ MISTAKES = [  # (exercise, what stands in its solution, what a student wrote, wo
     ("09", "times[:-1] if t >= point", "times[1:] if t >= point - times[2]", "is called at"),
     ("09", "(len(times) - 1) * ", "", "over the chance of the draw"),
     ("09", "(j + u) / n", "(j / n + u) % 1", "shift by u / n"),
-    ("10", "gains = (after - before).mean(1)", "gains = (after - before).flatten()", "a prompt's two"),
+    (
+        "10",
+        "gains = (after - before).mean(1)",
+        "gains = (after - before).flatten()",
+        "a prompt's two",
+    ),
     ("10", ' + load_clip(TINY, "cpu")(images, prompts)', "", "gets hacked"),
 ]
 
@@ -79,7 +99,11 @@ def test_the_skeleton_fails(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_solution_holds_what_is_to_be_filled_in(name):
     module, solution = load(EXERCISES / name), functions_in(load(SOLUTIONS / name))
-    blank = {name for name, f in functions_in(module).items() if "NotImplementedError" in f.__code__.co_names}
+    blank = {
+        name
+        for name, f in functions_in(module).items()
+        if "NotImplementedError" in f.__code__.co_names
+    }
     assert blank == solution.keys() and len(module.__doc__.splitlines()) <= 15
 
 
@@ -99,7 +123,9 @@ def test_a_mistake_gets_its_message(number, right, wrong, words, tmp_path):
     pytest.fail(f"{words!r} is in none of {messages}")
 
 
-@pytest.mark.parametrize("answers, result", [([], "5 failed"), (["--answers", str(SOLUTIONS)], "5 passed")])
+@pytest.mark.parametrize(
+    "answers, result", [([], "5 failed"), (["--answers", str(SOLUTIONS)], "5 passed")]
+)
 def test_the_command(answers, result):
     command = [sys.executable, "-m", "pytest", "-q", EXERCISES / "06_branches.py", *answers]
     done = subprocess.run(command, cwd=EXERCISES.parent, capture_output=True, text=True)

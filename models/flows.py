@@ -72,7 +72,9 @@ class Flow:
         pixels = scale * self.patch
         most = pixels * self.network.config.get("pos_embed_max_size", 1000)
         if self.width % pixels or self.height % pixels or max(self.width, self.height) > most:
-            raise UserError(f"--size {args.size}: this model makes multiples of {pixels} pixels up to {most}")
+            raise UserError(
+                f"--size {args.size}: this model makes multiples of {pixels} pixels up to {most}"
+            )
         self.shape = (self.vae.config.latent_channels, self.height // scale, self.width // scale)
         train_times = self.schedule(getattr(args, "rollout_steps", args.steps))
         self.train_times = [t for t in train_times if t == 0 or t > 0.01]
@@ -99,7 +101,9 @@ class Flow:
         scheduler, c = self.pipe.scheduler, self.pipe.scheduler.config
         patches = self.shape[1] * self.shape[2] // self.patch**2
         slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
-        mu = c.base_shift + slope * (patches - c.base_image_seq_len)  # taken if the shift is dynamic
+        mu = c.base_shift + slope * (
+            patches - c.base_image_seq_len
+        )  # taken if the shift is dynamic
         scheduler.set_timesteps(steps, sigmas=sigmas, mu=mu)
         return scheduler.sigmas.tolist()
 
@@ -114,19 +118,29 @@ class Flow:
         self.prompts, self.rows = list(prompts), torch.tensor([row[prompt] for prompt in prompts])
         self.embeddings, self.empty = [], len(row)
         texts = [*row, None] if self.guided else [*row]
-        width = self.network.config.get("joint_attention_dim") or self.network.config.cross_attention_dim
+        width = (
+            self.network.config.get("joint_attention_dim")
+            or self.network.config.cross_attention_dim
+        )
         folder = None
         if cache and len(texts) * (77 + self.tokens) * width * self.dtype.itemsize > IN_MEMORY:
-            files = [(str(file), file.stat().st_mtime) for file in sorted(Path(model.path).glob("*/*"))]
+            files = [
+                (str(file), file.stat().st_mtime) for file in sorted(Path(model.path).glob("*/*"))
+            ]
             key = json.dumps([model.path, files, str(self.dtype), self.tokens, texts])
             folder = Path(cache, hashlib.sha256(key.encode()).hexdigest()[:16])
         for name in text_encoders(read_index(model.path)):
             # the first `embed` loads the encoder; by then nothing holds the one before
-            load, chunks = functools.cache(functools.partial(load_pipeline, model, self.dtype, name)), []
+            load, chunks = (
+                functools.cache(functools.partial(load_pipeline, model, self.dtype, name)),
+                [],
+            )
             bar = {"leave": False, "delay": 5, "disable": os.environ.get("LOCAL_RANK", "0") != "0"}
             for i in tqdm(range(0, len(texts), CHUNK), f"encoding prompts, {name}", **bar):
                 embed = functools.partial(self.run_encoder, load, name, texts[i : i + CHUNK])
-                chunks.append(tensors_in(folder / f"{name}-{i:06}.pt", embed) if folder else embed())
+                chunks.append(
+                    tensors_in(folder / f"{name}-{i:06}.pt", embed) if folder else embed()
+                )
             self.embeddings += zip(*chunks)
 
     def run_encoder(self, load, name, texts):
@@ -139,7 +153,10 @@ class Flow:
         tokens = tokenizer(words, max_length=length, return_tensors="pt", **fit)
         hidden = "penultimate" in self.outputs[name]
         out = encoder(tokens.input_ids.to(self.device), output_hidden_states=hidden)
-        kept = [out.hidden_states[-2] if key == "penultimate" else out[key] for key in self.outputs[name]]
+        kept = [
+            out.hidden_states[-2] if key == "penultimate" else out[key]
+            for key in self.outputs[name]
+        ]
         if texts[-1] is None and pipe.config.get("force_zeros_for_empty_prompt"):
             for tensor in kept:
                 tensor[-1] = 0
@@ -148,9 +165,13 @@ class Flow:
     def conditioning(self, cond):
         """What the network takes of prompts `cond` [B], on the device; with guidance for 2 B images."""
         rows = self.rows[cond.cpu()]
-        if self.guided:  # each image after its unconditional twin: the k-th part of a batch stays the k-th
+        if (
+            self.guided
+        ):  # each image after its unconditional twin: the k-th part of a batch stays the k-th
             rows = torch.stack([torch.full_like(rows, self.empty), rows], 1).flatten()
-        outputs = [torch.stack([chunks[r // CHUNK][r % CHUNK] for r in rows]) for chunks in self.embeddings]
+        outputs = [
+            torch.stack([chunks[r // CHUNK][r % CHUNK] for r in rows]) for chunks in self.embeddings
+        ]
         return self.join(*(tensor.to(self.device) for tensor in outputs))
 
     def velocity(self, x, t, cond):
@@ -184,14 +205,18 @@ class Flow:
 
     def noise(self, seeds):
         """Normal noise [N, C, h, w], image i that of torch.Generator().manual_seed(seeds[i])."""
-        draws = [torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        draws = [
+            torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds
+        ]
         return self.noise_scale * torch.stack(draws).to(self.device)
 
     @torch.no_grad()
     def images(self, cond, seeds, batch=64, progress=False):
         """The deterministic images [N, 3, H, W] of prompts `cond` [N] and noise `seeds`, on the CPU."""
         images = []
-        for i in tqdm(range(0, len(seeds), batch), disable=not progress, leave=False, desc="sampling"):
+        for i in tqdm(
+            range(0, len(seeds), batch), disable=not progress, leave=False, desc="sampling"
+        ):
             c = cond[i : i + batch]
             x = fdflow.sample(self.velocity, self.noise(seeds[i : i + batch]), c, self.times)
             images.append(self.decode(x).cpu())
@@ -211,7 +236,11 @@ class SD3Flow(Flow):
 
     blocks = ("JointTransformerBlock",)
     clip = ["penultimate", "text_embeds"]
-    outputs = {"text_encoder": clip, "text_encoder_2": clip, "text_encoder_3": ["last_hidden_state"]}
+    outputs = {
+        "text_encoder": clip,
+        "text_encoder_2": clip,
+        "text_encoder_3": ["last_hidden_state"],
+    }
 
     def join(self, text, pooled, text_2, pooled_2, text_3=None):
         width = self.network.config.joint_attention_dim
@@ -241,7 +270,9 @@ class FluxFlow(Flow):
         patches = F.pixel_unshuffle(x, 2)
         rows, columns = patches.shape[2:]
         places = self.pipe._prepare_latent_image_ids(len(x), rows, columns, x.device, self.dtype)
-        guidance = x.new_full(x.shape[:1], self.guidance) if self.network.config.guidance_embeds else None
+        guidance = (
+            x.new_full(x.shape[:1], self.guidance) if self.network.config.guidance_embeds else None
+        )
         v = self.network(
             patches.flatten(2).mT.to(self.dtype), text, pooled, t, places,
             text.new_zeros(text.shape[1], 3), guidance, return_dict=False,
@@ -268,7 +299,9 @@ class SDFlow(Flow):
         scheduler.set_timesteps(steps)
         sigmas = scheduler.sigmas[:steps]
         rows = torch.stack([sigmas / (1 + sigmas), sigmas, scheduler.timesteps]).to(self.device)
-        self.table = torch.cat([self.table.to(rows), rows], 1)  # of all schedules that are asked for
+        self.table = torch.cat(
+            [self.table.to(rows), rows], 1
+        )  # of all schedules that are asked for
         self.noise_scale = float(scheduler.init_noise_sigma / sigmas[0])
         return [*rows[0].tolist(), 0.0]
 
@@ -281,7 +314,9 @@ class SDFlow(Flow):
         sigma = sigmas[step].view(-1, 1, 1, 1)
         a = 1 / (1 + sigma**2)
         x_vp = a.sqrt() * (1 + sigma) * x
-        out = self.network(x_vp.to(self.dtype), timesteps[step], text, return_dict=False, **added)[0].float()
+        out = self.network(x_vp.to(self.dtype), timesteps[step], text, return_dict=False, **added)[
+            0
+        ].float()
         eps = out if self.kind == "epsilon" else a.sqrt() * out + (1 - a).sqrt() * x_vp
         return (eps - x) * (1 + sigma)  # 1 / (1 - t) is 1 + sigma
 
@@ -296,8 +331,12 @@ class SDXLFlow(SDFlow):
 
     def predict(self, x, t, text, pooled):
         size = [self.height, self.width]
-        sizes = torch.tensor([size + [0, 0] + size], dtype=self.dtype, device=x.device).expand(len(x), -1)
-        return super().predict(x, t, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes})
+        sizes = torch.tensor([size + [0, 0] + size], dtype=self.dtype, device=x.device).expand(
+            len(x), -1
+        )
+        return super().predict(
+            x, t, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}
+        )
 
 
 FAMILIES = {

@@ -11,7 +11,16 @@ from support.errors import UserError, first_line
 from support.run import checksum, write_whole
 
 LAYERS = {  # how names of layers end; in SD3 and Flux, of both streams
-    "attention": ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"],
+    "attention": [
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+    ],
     "last": ["to_v", "to_out.0"],
     "modulation": ["norm1.linear", "norm1_context.linear", "norm.linear", "time_emb_proj"],
 }
@@ -61,7 +70,11 @@ def load_lora(flow, path):
         added = {name: p for name, p in flow.network.named_parameters() if id(p) not in base}
         (A, others), (A_of_file, others_of_file) = numbers(added), numbers(tensors)
         # where diffusers splits a layer, each part gets all of A; on "meta" is what the file does not have
-        complete = A >= A_of_file and others == others_of_file and not any(p.is_meta for p in added.values())
+        complete = (
+            A >= A_of_file
+            and others == others_of_file
+            and not any(p.is_meta for p in added.values())
+        )
         if not added or not complete:
             raise ValueError("it does not fit, some of its numbers are left over or missing")
         scales = [s for m in flow.network.modules() for s in getattr(m, "scaling", {}).values()]
@@ -78,7 +91,10 @@ def read_tensors(path):
     """The tensors of a LoRA file, alpha / rank in B, and whether it has a configuration; or ValueError."""
     with safe_open(path, "pt") as file:
         tensors, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    if about.get("sha256") not in (None, checksum(save(tensors))):  # files of other programs have none
+    if about.get("sha256") not in (
+        None,
+        checksum(save(tensors)),
+    ):  # files of other programs have none
         raise ValueError("it is damaged, its checksum is wrong")
     for key, tensor in tensors.items():
         if key.startswith(("text_encoder", "lora_te")):

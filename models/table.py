@@ -42,11 +42,19 @@ class Model:
     variant: str | None = None  # of the files to download: "fp16" are half as large
 
 
-TINY_TRAINING = {"batch": 64, "layers": "modulation", "rollout_steps": None, "iterations": 88, "tokens": 1}
+TINY_TRAINING = {
+    "batch": 64,
+    "layers": "modulation",
+    "rollout_steps": None,
+    "iterations": 88,
+    "tokens": 1,
+}
 TURBO = {"steps": 4, "churn": 0.025, "batch": 16, "rollout_steps": None, "variant": "fp16"}
 SDXL = {"guidance": 5, "train_steps": 8, "batch": 4, "variant": "fp16"}
 MODELS = {
-    "tiny": Model(str(TINY / "tiny-sd3"), 4, "64", 1, 4e-4, 32, 1, 0.05, 2, kl=0.7, **TINY_TRAINING),
+    "tiny": Model(
+        str(TINY / "tiny-sd3"), 4, "64", 1, 4e-4, 32, 1, 0.05, 2, kl=0.7, **TINY_TRAINING
+    ),
     "sd3": Model("stabilityai/stable-diffusion-3-medium-diffusers", 28, train_steps=7),
     "sd3.5": Model("stabilityai/stable-diffusion-3.5-medium", 40, train_steps=10),
     "sd3.5-large": Model("stabilityai/stable-diffusion-3.5-large", 40, train_steps=10, batch=8),
@@ -54,8 +62,12 @@ MODELS = {
     "sd1.5": Model("stable-diffusion-v1-5/stable-diffusion-v1-5", 20, guidance=5, train_steps=5),
     "sdxl-turbo": Model("stabilityai/sdxl-turbo", **TURBO),
     "sdxl": Model("stabilityai/stable-diffusion-xl-base-1.0", 30, "1024", **SDXL),
-    "flux-schnell": Model("black-forest-labs/FLUX.1-schnell", 4, churn=0.025, batch=8, rollout_steps=None),
-    "flux-dev": Model("black-forest-labs/FLUX.1-dev", 28, "512", 3.5, train_steps=7, batch=8, tokens=512),
+    "flux-schnell": Model(
+        "black-forest-labs/FLUX.1-schnell", 4, churn=0.025, batch=8, rollout_steps=None
+    ),
+    "flux-dev": Model(
+        "black-forest-labs/FLUX.1-dev", 28, "512", 3.5, train_steps=7, batch=8, tokens=512
+    ),
 }
 # a model that is not in the table gets what suits one of its class that is
 LIKE = {
@@ -74,16 +86,40 @@ def folder_or_name(text):
 def add_model_arguments(parser):
     """The flags that sample.py and train.py share; None leaves the choice to the model or the run."""
     add = parser.add_argument
-    add("--model", type=folder_or_name, help=f"{', '.join(MODELS)}, a hub id or a folder (default tiny)")
+    add(
+        "--model",
+        type=folder_or_name,
+        help=f"{', '.join(MODELS)}, a hub id or a folder (default tiny)",
+    )
     add("--steps", type=number(int, 1, 1000), help="sampling steps (default: the model's)")
-    add("--guidance", type=number(float, 1, 100), help="guidance scale, 1 is none (default: the model's)")
+    add(
+        "--guidance",
+        type=number(float, 1, 100),
+        help="guidance scale, 1 is none (default: the model's)",
+    )
     add("--size", type=size, help="in pixels: 512, or 768x512 (width first; default: the model's)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)")
     dtypes = ["float32", "bfloat16", "float16"]
-    add("--dtype", choices=dtypes, help="of the model (default: on cuda bfloat16 or float16, else float32)")
-    add("--batch", type=number(int, 1, 10_000), help="images in one network call (default: the model's)")
-    add("--compile", action="store_true", help="compile the network's blocks: a slow start, then faster")
-    add("--checkpointing", action="store_true", help="compute twice what training would store: less memory")
+    add(
+        "--dtype",
+        choices=dtypes,
+        help="of the model (default: on cuda bfloat16 or float16, else float32)",
+    )
+    add(
+        "--batch",
+        type=number(int, 1, 10_000),
+        help="images in one network call (default: the model's)",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the network's blocks: a slow start, then faster",
+    )
+    add(
+        "--checkpointing",
+        action="store_true",
+        help="compute twice what training would store: less memory",
+    )
 
 
 def fill_defaults(args):
@@ -95,7 +131,9 @@ def fill_defaults(args):
     if getattr(args, "rollout_steps", 0) is None:  # of training alone
         args.rollout_steps = min(model.rollout_steps or args.steps, args.steps)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.dtype is None and args.device.startswith("cuda"):  # cards before 2020 only emulate bfloat16
+    if args.dtype is None and args.device.startswith(
+        "cuda"
+    ):  # cards before 2020 only emulate bfloat16
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bfloat16" if native else "float16"
     args.dtype = args.dtype or "float32"
@@ -136,7 +174,9 @@ def read_index(path):
 
 def text_encoders(index):
     """The names of a pipeline's text encoders, in the order of its arguments."""
-    return sorted(name for name in index if name.startswith("text_encoder") and index[name] != [None, None])
+    return sorted(
+        name for name in index if name.startswith("text_encoder") and index[name] != [None, None]
+    )
 
 
 def load_pipeline(model, dtype, encoder=None):
@@ -144,7 +184,9 @@ def load_pipeline(model, dtype, encoder=None):
     path, index = model.path, read_index(model.path)
     kept = {encoder} if encoder else {"transformer", "unet", "vae"}
     left_out = {"transformer", "unet", "vae", "safety_checker", *text_encoders(index)} - kept
-    absent = {part: None for part, kind in index.items() if kind == [None, None] or part in left_out}
+    absent = {
+        part: None for part, kind in index.items() if kind == [None, None] or part in left_out
+    }
     variant = model.variant
     if Path(path).is_dir():
         files = [file.name for file in Path(path).glob("*/*.safetensors")]

@@ -64,10 +64,17 @@ def build(name, tokens, toy, weights):
     name, instead = VARIANTS.get(name, (name, {}))
     pipeline, network, config, small, scheduler, channels, (width, *pooled) = ARCHITECTURES[name]
     config, width = config | instead, instead.get("cross_attention_dim", width)
-    text = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
-    vision = text | dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, patch_size=14)
+    text = dict(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16
+    )
+    vision = text | dict(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, patch_size=14
+    )
     if toy:
-        config, small = config | small, dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2)
+        config, small = (
+            config | small,
+            dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2),
+        )
         text, vision = text | small, vision | small
     with weights:
         vae = diffusers.AutoencoderKL(
@@ -77,7 +84,9 @@ def build(name, tokens, toy, weights):
         )  # fmt: skip
         network = network(**config)
         clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024))
-    needed = [key for key, p in inspect.signature(pipeline).parameters.items() if p.default is p.empty]
+    needed = [
+        key for key, p in inspect.signature(pipeline).parameters.items() if p.default is p.empty
+    ]
     parts = {"vae": vae, "scheduler": scheduler, FAMILIES[pipeline.__name__].network_name: network}
     length = {"sd3.5": 77 + tokens, "flux-schnell": tokens}.get(name, 77)
     shapes = [(length, width), *((n,) for n in pooled)]

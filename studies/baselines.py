@@ -70,7 +70,9 @@ def fdfo_published(problem, eps, cond, generator=None, churn: float = 0.0025, cl
     updates: optimiser steps for one roll-out, each on its part of the groups
     """
     parts = zip(eps.chunk(updates), cond.chunk(updates))
-    for number, rolls in enumerate([list(pair_roll_outs(problem, e, c, generator, churn)) for e, c in parts]):
+    for number, rolls in enumerate(
+        [list(pair_roll_outs(problem, e, c, generator, churn)) for e, c in parts]
+    ):
         if number > 0:
             problem.step()
         images = sum(len(dR) for *_, dR, _ in rolls)
@@ -104,13 +106,17 @@ def log_probability(x, mean, std):
 
 
 @torch.no_grad()
-def noisy_roll_outs(problem, eps, cond, generator, branches, shared_noise, noise_level, train_steps):
+def noisy_roll_outs(
+    problem, eps, cond, generator, branches, shared_noise, noise_level, train_steps
+):
     """Sample with noisy steps: cond [B, ...], R [G, K], all or random steps (t, s, x_t, x_s, log p [B])."""
     for e, c, generators in seeded_batches(problem, branches, eps, cond, generator):
         x, c, steps = e.repeat_interleave(branches, 0), c.repeat_interleave(branches, 0), []
         x = problem.times[0] * (x if shared_noise else normal(generators, x))
         for t, s in pairwise(problem.times):
-            mean, std = noisy_step(x, problem.velocity(x, t, c), t, s, noise_level, problem.times[1])
+            mean, std = noisy_step(
+                x, problem.velocity(x, t, c), t, s, noise_level, problem.times[1]
+            )
             x_s = mean + std * normal(generators, x)
             steps.append((t, s, x, x_s, log_probability(x_s, mean, std)))
             x = x_s
@@ -123,12 +129,16 @@ def policy_gradient(problem, rolls, noise_level, clip, kl=0.0):
     images = sum(len(A) for _, A, _ in rolls)
     for c, A, steps in rolls:
         for t, s, x, x_s, before in steps:
-            mean, std = noisy_step(x, problem.velocity(x, t, c), t, s, noise_level, problem.times[1])
+            mean, std = noisy_step(
+                x, problem.velocity(x, t, c), t, s, noise_level, problem.times[1]
+            )
             ratio = (log_probability(x_s, mean, std) - before).exp()
             loss = torch.maximum(-A * ratio, -A * ratio.clamp(1 - clip, 1 + clip))
             if kl > 0:
                 with torch.no_grad(), problem.lora.switched_off():
-                    base, _ = noisy_step(x, problem.velocity(x, t, c), t, s, noise_level, problem.times[1])
+                    base, _ = noisy_step(
+                        x, problem.velocity(x, t, c), t, s, noise_level, problem.times[1]
+                    )
                 # over 2 sigma^2 as published, where the divergence of the two steps has 2 std^2
                 loss = loss + kl * (t - s) * ((mean - base) ** 2 / (2 * std**2)).flatten(1).mean(1)
             (loss.sum() / images / len(steps)).backward()
@@ -151,7 +161,9 @@ def flow_grpo(problem, eps, cond, generator=None, branches: int = 8, shared_nois
     """
     options = generator, branches, shared_noise, noise_level, train_steps
     parts = zip(eps.chunk(updates), cond.chunk(updates))
-    for number, rolls in enumerate([list(noisy_roll_outs(problem, e, c, *options)) for e, c in parts]):
+    for number, rolls in enumerate(
+        [list(noisy_roll_outs(problem, e, c, *options)) for e, c in parts]
+    ):
         if number > 0:
             problem.step()
         rolls = [(c, group_advantages(R), steps) for c, R, steps in rolls]
@@ -159,7 +171,9 @@ def flow_grpo(problem, eps, cond, generator=None, branches: int = 8, shared_nois
     return branches * len(eps)
 
 
-def reinforce(problem, eps, cond, generator=None, noise_level: float = 0.7, train_steps: int | None = None):
+def reinforce(
+    problem, eps, cond, generator=None, noise_level: float = 0.7, train_steps: int | None = None
+):
     """REINFORCE (Williams 1992) over noisy steps, one image to a noise, without groups or clipping.
 
     The advantage of an image is its reward less the running mean of its prompt, or at first of all prompts.
@@ -168,7 +182,9 @@ def reinforce(problem, eps, cond, generator=None, noise_level: float = 0.7, trai
     train_steps: random steps trained of each trajectory (default all)
     """
     means, rolls = problem.memory, []
-    for cond, R, steps in noisy_roll_outs(problem, eps, cond, generator, 1, True, noise_level, train_steps):
+    for cond, R, steps in noisy_roll_outs(
+        problem, eps, cond, generator, 1, True, noise_level, train_steps
+    ):
         rows = list(zip(cond.tolist(), R.flatten().tolist()))
         usual = means.get("all", R.nanmean().item())
         A = R.new_tensor([r - means.get(c, usual) for c, r in rows]).nan_to_num()
@@ -202,7 +218,10 @@ def awm(problem, eps, cond, generator=None, branches: int = 8, times_per_image: 
         problem.memory["average"] = average
         pulls.append((average_kl, partial(problem.lora.perturbed, (average - theta)[None])))
     for e, c, generators in seeded_batches(problem, branches, eps, cond, generator):
-        e, c = normal(generators, e.repeat_interleave(branches, 0)), c.repeat_interleave(branches, 0)
+        e, c = (
+            normal(generators, e.repeat_interleave(branches, 0)),
+            c.repeat_interleave(branches, 0),
+        )
         with torch.no_grad():
             x_0 = sample(problem.velocity, e, c, problem.times)
             A = group_advantages(problem.reward(x_0, c).view(-1, branches))
@@ -255,5 +274,7 @@ def total_reward(problem, x, cond):
     """The sum of the rewards that are not lost, to be differentiated. ValueError if they have no gradient."""
     R = problem.reward(x, cond)
     if not R.requires_grad:
-        raise ValueError("this reward has no gradient, which the estimator needs: take fdfo or spsa")
+        raise ValueError(
+            "this reward has no gradient, which the estimator needs: take fdfo or spsa"
+        )
     return R.nansum()

@@ -29,8 +29,12 @@ from train import call_estimator
 def measure(args, model, device):
     """One iteration of FDFO, where it is real after one to warm up: {phase: [seconds, operations, bytes]}."""
     profiler, dtype, meta = Profiler(device), getattr(torch, args.dtype), device == "meta"
-    settings = argparse.Namespace(**vars(args) | {"device": device, "compile": args.compile and not meta})
-    options = {key: getattr(args, key) for key in options_of(fdfo) if getattr(args, key) is not None}
+    settings = argparse.Namespace(
+        **vars(args) | {"device": device, "compile": args.compile and not meta}
+    )
+    options = {
+        key: getattr(args, key) for key in options_of(fdfo) if getattr(args, key) is not None
+    }
     with profiler if meta else nullcontext(), shapes_only() if meta else nullcontext():
         torch.set_default_dtype(dtype)
         pipe, shapes, clip = build(args.model, model.tokens, args.smoke, torch.device(device))
@@ -38,7 +42,9 @@ def measure(args, model, device):
         flow = FAMILIES[type(pipe).__name__](pipe, settings, model.tokens)
         lora = LoRA(flow.network, layers_named(flow.network, model.layers), args.rank)
         text = partial(torch.randn, dtype=dtype, device=device)
-        flow.conditioning = lambda cond: [text(len(cond) * (1 + flow.guided), *shape) for shape in shapes]
+        flow.conditioning = lambda cond: [
+            text(len(cond) * (1 + flow.guided), *shape) for shape in shapes
+        ]
         decode = profiler.profiled("decoding", flow.decode)
         reward = profiler.profiled("reward", lambda images: clip.embed_images(images)[:, 0])
         estimate = partial(call_estimator, "fdfo", partial(fdfo, **options))
@@ -56,8 +62,12 @@ def main():
     parser = Parser(description=__doc__)
     add_model_arguments(parser)
     add_estimator_arguments(parser, "fdfo", fdfo)
-    parser.add_argument("--rollout-steps", type=number(int, 1), help="sampling steps (default: the model's)")
-    parser.add_argument("--pairs", type=number(int, 1), help="noises (default: what fills one batch)")
+    parser.add_argument(
+        "--rollout-steps", type=number(int, 1), help="sampling steps (default: the model's)"
+    )
+    parser.add_argument(
+        "--pairs", type=number(int, 1), help="noises (default: what fills one batch)"
+    )
     parser.add_argument("--rank", type=number(int, 1), default=32, help="of the LoRA (default 32)")
     parser.add_argument("--estimate", action="store_true", help="count from the shapes alone")
     parser.add_argument("--smoke", action="store_true", help="toy sizes")
@@ -70,7 +80,9 @@ def main():
     if not args.estimate:
         check_device(args.device)
     args.pairs = args.pairs or max(1, args.batch // args.branches)
-    print(f"{args.model}, {args.size} px, {args.rollout_steps} steps, {args.pairs} noises, {args.dtype}")
+    print(
+        f"{args.model}, {args.size} px, {args.rollout_steps} steps, {args.pairs} noises, {args.dtype}"
+    )
     counted = measure(args, model, "meta")
     timed = counted if args.estimate else measure(args, model, args.device)
     print("per 2 images  TFLOP  peak GiB" + "   seconds   TFLOP/s" * (not args.estimate))

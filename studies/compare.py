@@ -71,7 +71,9 @@ def run_missing(args, runs):
         command += ["--out", args.out, "--name", path.name, *["--resume"] * path.exists()]
         print(" ".join(["python", *command]), flush=True)
         one_core = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, *command], env=one_core, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, *command], env=one_core, capture_output=True, text=True
+        )
         if done.returncode:
             raise UserError(f"{path}: {(done.stderr.strip() or 'stopped').splitlines()[-1]}")
 
@@ -85,14 +87,22 @@ def curves(args, flags, reward, seeds):
     for seed in seeds:
         records = read_metrics(folder(args, flags, reward, seed))
         seconds = np.cumsum([record.get("seconds", 0) for record in records])
-        found.append([{**r, **r["change"], "seconds": s} for r, s in zip(records, seconds) if "change" in r])
+        found.append(
+            [{**r, **r["change"], "seconds": s} for r, s in zip(records, seconds) if "change" in r]
+        )
     names = ["images", "evaluations", "seconds", "gain", *found[0][0]["change"]]
-    return {name: np.array([[record[name] for record in records] for records in found]) for name in names}
+    return {
+        name: np.array([[record[name] for record in records] for records in found])
+        for name in names
+    }
 
 
 def tune(args, methods, rates, score):
     """Try all rates on {method: flags}. Returns {method: the flags with the largest score} and a table."""
-    trials = {method: {rate: f"{flags} --lr {rate}" for rate in rates} for method, flags in methods.items()}
+    trials = {
+        method: {rate: f"{flags} --lr {rate}" for rate in rates}
+        for method, flags in methods.items()
+    }
     run_missing(args, [(flags, *TUNED_ON) for swept in trials.values() for flags in swept.values()])
     best, lines = {}, [f"| --lr | {' | '.join(map(str, rates))} |", "|---" * (1 + len(rates)) + "|"]
     for method, swept in trials.items():
@@ -121,28 +131,44 @@ def table(measured, reward):
     for method, c in measured.items():
         gain, other, diversity = (c[name][:, -1] for name in ("gain", OTHER[reward], "diversity"))
         spreads = (
-            f"{x.mean():+.2f} ± {x.std(ddof=1):.2f}" for x in (gain_without_harm(c, reward), gain, other)
+            f"{x.mean():+.2f} ± {x.std(ddof=1):.2f}"
+            for x in (gain_without_harm(c, reward), gain, other)
         )
         cost = cost_to_reach(c, GOAL)
-        cells = [method, *spreads, f"{diversity.mean():+.3f}", "never" if np.isnan(cost) else f"{cost:,.0f}"]
+        cells = [
+            method,
+            *spreads,
+            f"{diversity.mean():+.3f}",
+            "never" if np.isnan(cost) else f"{cost:,.0f}",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def draw_costs(path, measured):
     """Draw mean gains, and bands of a standard deviation, against costs; and against harm, as a frontier."""
-    costs = {"images": "images", "evaluations": "evaluations of the network", "seconds": "seconds, one core"}
-    figure, axes = plt.subplots(len(measured), 5, figsize=(22, 9), sharey="row", layout="constrained")
+    costs = {
+        "images": "images",
+        "evaluations": "evaluations of the network",
+        "seconds": "seconds, one core",
+    }
+    figure, axes = plt.subplots(
+        len(measured), 5, figsize=(22, 9), sharey="row", layout="constrained"
+    )
     for row, (reward, methods) in zip(axes, measured.items()):
         row[0].set_ylabel(f"gain in held-out {reward}")
         watched = {name: f"change in {name}, watched" for name in (OTHER[reward], "diversity")}
         for axis, (name, label) in zip(row, (costs | watched).items()):
-            axis.set(xlabel=label, title="cost" if name in costs else "frontier: right and up is better")
+            axis.set(
+                xlabel=label, title="cost" if name in costs else "frontier: right and up is better"
+            )
             for method, c in methods.items():
                 x, gain, band = c[name].mean(0), c["gain"].mean(0), c["gain"].std(0, ddof=1)
                 (line,) = axis.plot(x, gain, ".-", label=method)
                 if name in costs:  # a change may turn back
-                    axis.fill_between(x, gain - band, gain + band, color=line.get_color(), alpha=0.15, lw=0)
+                    axis.fill_between(
+                        x, gain - band, gain + band, color=line.get_color(), alpha=0.15, lw=0
+                    )
     axes[0, 0].legend(fontsize="small")
     figure.savefig(path, dpi=70)
 
@@ -169,22 +195,32 @@ def study_steps(args, path, seeds):
     methods = {f"{method}, {n}": flags for n, row in STEPS.items() for method, flags in row.items()}
     best, lines = tune(args, methods, STEP_RATES, cheapness)
     run_missing(args, [(flags, "aesthetic", seed) for flags in best.values() for seed in seeds])
-    costs = {"images": "images", "evaluations": "evaluations of the network", "clip": "change in clip"}
+    costs = {
+        "images": "images",
+        "evaluations": "evaluations of the network",
+        "clip": "change in clip",
+    }
     lines += ["", f"| to +{GOAL:g}: method, steps | {' | '.join(costs)} |", "|---" * 4 + "|"]
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     rows = dict.fromkeys(best, "")
     for axis, (cost, label) in zip(axes, costs.items()):
         axis.set(xscale="log", xlabel="sampling steps", ylabel=f"{label} to +{GOAL:g}")
-        axis.set(yscale="linear" if cost == "clip" else "log", xticks=list(STEPS), xticklabels=STEPS)
+        axis.set(
+            yscale="linear" if cost == "clip" else "log", xticks=list(STEPS), xticklabels=STEPS
+        )
         axis.minorticks_off()
         for method in STEPS[min(STEPS)]:
             keys = [f"{method}, {n}" for n in STEPS]
-            runs = [[curves(args, best[key], "aesthetic", [seed]) for seed in seeds] for key in keys]
+            runs = [
+                [curves(args, best[key], "aesthetic", [seed]) for seed in seeds] for key in keys
+            ]
             spent = np.array([[cost_to_reach(c, GOAL, cost) for c in row] for row in runs])
             (line,) = axis.plot(list(STEPS), np.sort(spent)[:, len(seeds) // 2], label=method)
             axis.plot(list(STEPS), spent, "o", color=line.get_color(), ms=4)
             for key, values in zip(keys, spent):
-                rows[key] += middle_and_ends(values, "{:+.1f}" if cost == "clip" else "{:,.0f}") + " | "
+                rows[key] += (
+                    middle_and_ends(values, "{:+.1f}" if cost == "clip" else "{:,.0f}") + " | "
+                )
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=80)
     return lines + [f"| {key} | {row.strip()}" for key, row in rows.items()]
@@ -192,9 +228,15 @@ def study_steps(args, path, seeds):
 
 def main():
     parser = Parser(description=__doc__)
-    parser.add_argument("study", nargs="?", choices=["methods", "others", "steps"], default="methods")
-    parser.add_argument("--out", default="runs/compare", help="folder of the runs (default runs/compare)")
-    parser.add_argument("--seeds", type=number(int, 2, 100), default=3, help="runs of each (default 3)")
+    parser.add_argument(
+        "study", nargs="?", choices=["methods", "others", "steps"], default="methods"
+    )
+    parser.add_argument(
+        "--out", default="runs/compare", help="folder of the runs (default runs/compare)"
+    )
+    parser.add_argument(
+        "--seeds", type=number(int, 2, 100), default=3, help="runs of each (default 3)"
+    )
     args = parser.parse_args()
     picture, seeds = Path(args.out, f"{args.study}.png"), range(args.seeds)
     if args.study == "steps":
@@ -203,8 +245,12 @@ def main():
         best, lines = OTHERS, []
         if args.study == "methods":
             best, lines = tune(args, METHODS, RATES, lambda c: gain_without_harm(c, TUNED_ON[0])[0])
-        run_missing(args, [(flags, r, seed) for r in OTHER for seed in seeds for flags in best.values()])
-        measured = {r: {m: curves(args, flags, r, seeds) for m, flags in best.items()} for r in OTHER}
+        run_missing(
+            args, [(flags, r, seed) for r in OTHER for seed in seeds for flags in best.values()]
+        )
+        measured = {
+            r: {m: curves(args, flags, r, seeds) for m, flags in best.items()} for r in OTHER
+        }
         for reward in OTHER:
             lines += ["", *table(measured[reward], reward)]
         draw_costs(picture, measured)

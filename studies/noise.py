@@ -52,10 +52,16 @@ def estimates(problem, flow, method, n):
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument("--steps", type=number(int, 1, 1000), help="sampling steps (default 4)")
-    parser.add_argument("--estimates", type=number(int, 2, 10_000), default=16, help="of each (default 16)")
-    parser.add_argument("--iterations", type=number(int, 0), default=0, help="of fdfo before (default 0)")
+    parser.add_argument(
+        "--estimates", type=number(int, 2, 10_000), default=16, help="of each (default 16)"
+    )
+    parser.add_argument(
+        "--iterations", type=number(int, 0), default=0, help="of fdfo before (default 0)"
+    )
     # all else as the bundled model has it
-    parser.set_defaults(**dict.fromkeys("model size guidance batch device dtype rollout_steps".split()))
+    parser.set_defaults(
+        **dict.fromkeys("model size guidance batch device dtype rollout_steps".split())
+    )
     parser.set_defaults(compile=False, checkpointing=False)
     args = parser.parse_args()
     model = fill_defaults(args)
@@ -68,14 +74,21 @@ def main():
     optimizer = torch.optim.AdamW(lora.parameters, model.lr, weight_decay=1e-4)
     for i in tqdm(range(args.iterations), leave=False):
         options = {"churn": model.churn, "train_steps": model.train_steps, "kl": model.kl}
-        fdfo(problem, *draw(flow, 32, seeded(i, "draws")), seeded(i, "training", flow.device), **options)
+        fdfo(
+            problem,
+            *draw(flow, 32, seeded(i, "draws")),
+            seeded(i, "training", flow.device),
+            **options,
+        )
         optimizer.step()
         optimizer.zero_grad()
     exact, _ = estimates(problem, flow, EXACT, args.estimates)
     n, products, mean = len(exact), exact @ exact.T, exact.mean(0)
     # products of two different estimates are in the mean the squared norm of what both estimate
     signal = (products.sum() - products.trace()) / (n * n - n)
-    purity = (signal.clamp(min=0).sqrt() / mean.norm()).item()  # and so a cosine with the mean is too small
+    purity = (
+        signal.clamp(min=0).sqrt() / mean.norm()
+    ).item()  # and so a cosine with the mean is too small
     print(f"the mean of {n} exact gradients has a cosine of {purity:.2f} with their expectation")
     for name, method in METHODS.items():
         found, evaluations = estimates(problem, flow, method, n)

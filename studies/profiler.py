@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 
-def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
+def attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options
+):
     """As the GPU's kernel computes it; for meta PyTorch has the formula, which takes more memory."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention
     return kernel(query, key, value, dropout_p, is_causal, scale=scale)[0]
@@ -50,13 +52,19 @@ class Profiler(TorchDispatchMode):
     def __init__(self, device):
         super().__init__()
         self.device, self.operations, self.live, self.known = device, 0, 0, set()
-        self.table, self.phase, self.last = {"preparing": [0, 0, 0]}, "preparing", (time.perf_counter(), 0)
+        self.table, self.phase, self.last = (
+            {"preparing": [0, 0, 0]},
+            "preparing",
+            (time.perf_counter(), 0),
+        )
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         """Count operations, and follow the storage of every result until it is freed."""
         result = function(*args, **kwargs or {})
         if function.overloadpacket in flop_registry:
-            self.operations += flop_registry[function.overloadpacket](*args, **kwargs or {}, out_val=result)
+            self.operations += flop_registry[function.overloadpacket](
+                *args, **kwargs or {}, out_val=result
+            )
         for tensor in result if isinstance(result, tuple | list) else [result]:
             on_meta = isinstance(tensor, torch.Tensor) and tensor.device.type == "meta"
             storage = tensor.untyped_storage() if on_meta else None

@@ -38,9 +38,19 @@ def parse_args():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--name", default="mine", help="of the taste, a folder in tastes (default mine)")
-    add("--choices", type=number(int, 1, 10**5), default=100, help="to have in the end (default 100)")
+    add(
+        "--choices",
+        type=number(int, 1, 10**5),
+        default=100,
+        help="to have in the end (default 100)",
+    )
     add("--prompts", metavar="FILE", help="a prompt a line (default: emoji names)")
-    add("--from", dest="source", metavar="RUN", help="learn from what was answered in this run, ask nothing")
+    add(
+        "--from",
+        dest="source",
+        metavar="RUN",
+        help="learn from what was answered in this run, ask nothing",
+    )
     add("--out", default="tastes", help="folder of the tastes (default tastes)")
     add("--seed", type=number(int, 0, 10**6), default=0, help="of the images (default 0)")
     add_model_arguments(parser)
@@ -71,7 +81,9 @@ def import_answers(source, folder):
     """Add the choices of a run with their pictures to those of a taste."""
     new, had = answers(source), answers(folder)
     if not new:
-        raise UserError(f"{source} has no choices: name a run of --reward human in which some were made")
+        raise UserError(
+            f"{source} has no choices: name a run of --reward human in which some were made"
+        )
     (folder / "preferences").mkdir(exist_ok=True)
     for key in [key for key in new if key not in had]:
         picture = Path("preferences", f"{key}.png")
@@ -94,7 +106,9 @@ class Choices:
                 images = torch.from_numpy(picture).unflatten(1, (-1, width)).permute(1, 3, 0, 2)
                 self.add(images, choice)
             except Exception as error:  # whatever damage does
-                warn(f"a choice is left out: its picture {key}.png is damaged ({first_line(error)})")
+                warn(
+                    f"a choice is left out: its picture {key}.png is damaged ({first_line(error)})"
+                )
 
     @torch.no_grad()
     def embed(self, images):
@@ -104,7 +118,9 @@ class Choices:
     def add(self, images, choice):
         """Note that one of the uint8 images [K, 3, H, W] was chosen, or with None that none was."""
         others = [k for k in range(len(images)) if k != choice]
-        pairs = itertools.combinations(others, 2) if choice is None else [(choice, k) for k in others]
+        pairs = (
+            itertools.combinations(others, 2) if choice is None else [(choice, k) for k in others]
+        )
         e, fold, y = self.embed(images), len(self.images) % 10, 0.5 if choice is None else 1.0
         self.rows += [(e[i] - e[j], y, fold) for i, j in pairs]
         self.images, self.embeddings = [*self.images, images], [*self.embeddings, e]
@@ -114,7 +130,9 @@ class Choices:
         """Fit the Taste and write it, if there are enough choices."""
         if self.clear < LEAST:
             return
-        d, y, fold = (torch.stack([torch.as_tensor(v) for v in column]) for column in zip(*self.rows))
+        d, y, fold = (
+            torch.stack([torch.as_tensor(v) for v in column]) for column in zip(*self.rows)
+        )
         weight, covariance, unseen = fit(d, y, fold)
         self.taste = Taste(weight.float(), covariance.float(), torch.cat(self.embeddings).mean(0))
         self.right = (unseen[y == 1] > 0).double().mean().item()
@@ -159,7 +177,11 @@ class Choices:
         if right - 2 * error < 50:
             hint = f": that may be guessing{', or not what CLIP sees' if self.clear >= 100 else ''}"
         elif d is not None:
-            hint = f"; more may add up to {more} %" if more > 1 else "; more would hardly help: you can stop"
+            hint = (
+                f"; more may add up to {more} %"
+                if more > 1
+                else "; more would hardly help: you can stop"
+            )
         return f"What it has learned predicts {right} ± {error} % of other choices{hint}."
 
     def draw_extremes(self):
@@ -228,7 +250,9 @@ def main():
         if choices.taste:
             choices.draw_extremes()
             reward = f"taste:{args.name if args.out == 'tastes' else args.folder}"
-            print(f"see {args.folder / 'best-and-worst.png'}; to train: python train.py --reward {reward}")
+            print(
+                f"see {args.folder / 'best-and-worst.png'}; to train: python train.py --reward {reward}"
+            )
 
 
 if __name__ == "__main__":

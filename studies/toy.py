@@ -112,11 +112,21 @@ def main():
     for axis, x, name in ((axes[0], before, "before"), (axes[1], after, "after 30 iterations")):
         axis.scatter(*x.T, c=reward(x), s=4, vmin=-3.5, vmax=0)
         axis.plot(*TARGET, "r*", markersize=14)
-        axis.set(xlim=(-2.4, 3), ylim=(-1.7, 1.7), aspect=1, title=f"{name}: reward {reward(x).mean():.2f}")
+        axis.set(
+            xlim=(-2.4, 3),
+            ylim=(-1.7, 1.7),
+            aspect=1,
+            title=f"{name}: reward {reward(x).mean():.2f}",
+        )
     for name, curve in curves.items():
         axes[2].plot(*zip(*curve), "o-", label=name)
-        print(f"{name}: " + ", ".join(f"{cosine:.2f} from {images} images" for images, cosine in curve[::2]))
-    axes[2].set(xscale="log", xlabel="images", title="cosine with the autograd gradient", ylim=(-0.05, 1.02))
+        print(
+            f"{name}: "
+            + ", ".join(f"{cosine:.2f} from {images} images" for images, cosine in curve[::2])
+        )
+    axes[2].set(
+        xscale="log", xlabel="images", title="cosine with the autograd gradient", ylim=(-0.05, 1.02)
+    )
     axes[2].legend()
     figure.savefig("toy.png", dpi=90)
 

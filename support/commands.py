@@ -14,19 +14,25 @@ class Parser(argparse.ArgumentParser):
     hint = ""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
+        )
 
     def parse_known_args(self, args=None, namespace=None):
         for arg in sys.argv[1:] if args is None else args:
             if arg.split("=")[-1] == "--":  # which argparse would take for an empty list
                 self.error(f"{arg} says nothing")
-            if any("\ud800" <= c <= "\udfff" for c in arg):  # as Python keeps bytes that are no UTF-8
+            if any(
+                "\ud800" <= c <= "\udfff" for c in arg
+            ):  # as Python keeps bytes that are no UTF-8
                 self.error(f"{ascii(arg)} is no valid text")
         return super().parse_known_args(args, namespace)
 
     def error(self, message):
         if "expected one argument" in message:
-            message += "; where it begins with a minus, put an equals sign before: --reward=-jpeg_size"
+            message += (
+                "; where it begins with a minus, put an equals sign before: --reward=-jpeg_size"
+            )
         if "unrecognized arguments" in message:
             message += self.hint
         self.exit(2, f"{self.prog}: {first_line(message)}\n")
@@ -67,7 +73,9 @@ def read_prompts(path):
     if not prompts:
         raise UserError(f"the prompt file {path} is empty; it needs one prompt a line")
     if len(longest := max(prompts, key=len)) > 2000:
-        raise UserError(f"the prompt file {path} has a prompt of {len(longest)} characters; 2,000 are enough")
+        raise UserError(
+            f"the prompt file {path} has a prompt of {len(longest)} characters; 2,000 are enough"
+        )
     return prompts
 
 
@@ -82,7 +90,9 @@ def options_of(estimator):
         parameters = []
     for name, parameter in parameters[4:]:
         if not isinstance(parameter.default, bool | int | float | str | None):
-            raise UserError(f"option {name} of an estimator must have a number, a text or None as default")
+            raise UserError(
+                f"option {name} of an estimator must have a number, a text or None as default"
+            )
     if len(parameters) < 4:
         raise UserError("an estimator must take (problem, eps, cond, generator), then its options")
     return dict(parameters[4:])
@@ -99,7 +109,9 @@ def add_estimator_arguments(parser, name, estimator, models=()):
         default = ": the model's" if option in models else f" {parameter.default}"
         words = f"{text[1] if text else ''} (default{default})".strip().replace("%", "%%")
         flags.append(f"--{option.replace('_', '-')}")
-        annotated = (kind for kind in (bool, int, float) if kind.__name__ in str(parameter.annotation))
+        annotated = (
+            kind for kind in (bool, int, float) if kind.__name__ in str(parameter.annotation)
+        )
         kind = next(annotated, type(parameter.default))
         if kind is bool:
             group.add_argument(flags[-1], action="store_true", help=words, default=None)

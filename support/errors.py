@@ -26,7 +26,9 @@ def first_line(error):
 def why_unreachable(path, error):
     """Why a model of the hub did not come, and what to do."""
     # diffusers says "not a valid model identifier" while it handles the error that tells
-    if any(isinstance(e, GatedRepoError) or "gated repo" in str(e) for e in (error, error.__context__)):
+    if any(
+        isinstance(e, GatedRepoError) or "gated repo" in str(e) for e in (error, error.__context__)
+    ):
         return f"{path} is gated: accept its licence on the hub, then run `hf auth login`"
     return f"cannot reach model {path}: check its name and the network"
 
@@ -35,7 +37,9 @@ def interrupt_again(ignored):
     """A sys.unraisablehook: Python would print, and forget, a Ctrl-C that came within a finalizer."""
     if not issubclass(ignored.exc_type, KeyboardInterrupt):
         return sys.__unraisablehook__(ignored)
-    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()  # once the finalizer is over
+    threading.Timer(
+        0.1, os.kill, (os.getpid(), signal.SIGINT)
+    ).start()  # once the finalizer is over
 
 
 def run_command(main):
@@ -51,11 +55,11 @@ def run_command(main):
         # for that of the CPU torch has no class
         if not (gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
             raise
-        message = (
-            f"out of {gpu}memory: lower --batch, --size or --rank, or add --checkpointing, then --resume"
-        )
+        message = f"out of {gpu}memory: lower --batch, --size or --rank, or add --checkpointing, then --resume"
     except OSError as error:  # a full disk, a folder that is gone
-        message = f"{first_line(error)}; what was saved before is whole: mend this, then start again"
+        message = (
+            f"{first_line(error)}; what was saved before is whole: mend this, then start again"
+        )
         message += ", a training with --resume"
     except KeyboardInterrupt:
         sys.exit(130)

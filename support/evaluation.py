@@ -72,7 +72,9 @@ class Scorer:
         self.flow, self.reward, self.seen = flow, reward, []
 
     def __call__(self, x, cond):
-        values = self.reward.measure(self.flow.decode(x), [self.flow.prompts[i] for i in cond.tolist()])
+        values = self.reward.measure(
+            self.flow.decode(x), [self.flow.prompts[i] for i in cond.tolist()]
+        )
         self.seen.append({name: R.detach() for name, R in values.items()} | {"": cond})
         return self.reward.combine(values)
 
@@ -86,7 +88,9 @@ class Scorer:
         terms = {name: v[v.isfinite()] for name, v in values.items()}
         return statistics("reward", R, prompts) | {
             "terms": {name: v.mean().item() if len(v) else None for name, v in terms.items()},
-            "terms_std": {name: v.std().item() if len(v) > 1 else None for name, v in terms.items()},
+            "terms_std": {
+                name: v.std().item() if len(v) > 1 else None for name, v in terms.items()
+            },
             "not_finite": int(R.isnan().sum()),
         }
 
@@ -108,11 +112,15 @@ class HeldOut:
         shown = torch.linspace(0, len(chosen) - 1, min(len(chosen), 48)).round().long()
         self.prompts = [flow.prompts[i] for i in chosen[shown].tolist()]
         if len(chosen) < world:
-            raise UserError(f"{world} processes need at least as many held-out prompts, not {len(chosen)}")
+            raise UserError(
+                f"{world} processes need at least as many held-out prompts, not {len(chosen)}"
+            )
         mine = torch.arange(len(chosen)).tensor_split(world)[rank]
         self.cond = chosen[mine].repeat_interleave(2)
         self.seeds = (seed + 2 * mine[:, None] + torch.arange(2)).flatten().tolist()
-        self.shown = 2 * torch.isin(mine, shown).nonzero()[:, 0]  # the first of a prompt's two images
+        self.shown = (
+            2 * torch.isin(mine, shown).nonzero()[:, 0]
+        )  # the first of a prompt's two images
 
     @torch.no_grad()
     def __call__(self):
@@ -132,7 +140,9 @@ class HeldOut:
             drift = (part - self.base_images[i : i + self.batch]).square().mean((1, 2, 3))
             prompts, part = [self.flow.prompts[c] for c in cond.tolist()], part.to(self.flow.device)
             terms = {} if "human" in self.reward.terms else self.reward.measure(part, prompts)
-            terms |= {t.expression: t(part, prompts) for t in self.watched if t.expression not in terms}
+            terms |= {
+                t.expression: t(part, prompts) for t in self.watched if t.expression not in terms
+            }
             parts.append({"": cond, "embedding": self.embed(part), "drift": drift, **terms})
         values = gather_rows(parts)
         prompts, embeddings = values.pop(""), values.pop("embedding")
@@ -142,16 +152,22 @@ class HeldOut:
         values["diversity"] = (1 - (first * second).sum(1)).repeat_interleave(2)
         self.base = self.base or (R, values, embeddings)
         if R is not None:
-            record |= statistics("held_out", R, prompts) | statistics("gain", R - self.base[0], prompts)
+            record |= statistics("held_out", R, prompts) | statistics(
+                "gain", R - self.base[0], prompts
+            )
         change = {name: v - self.base[1][name] for name, v in values.items()}
         for key, group in (("watched", values), ("change", change)):
             record[key] = {name: mean_and_error(v, prompts)[0] for name, v in group.items()}
             record[f"{key}_se"] = {name: mean_and_error(v, prompts)[1] for name, v in group.items()}
-        terms = self.reward.terms | {name: term for t in self.watched for name, term in t.terms.items()}
+        terms = self.reward.terms | {
+            name: term for t in self.watched for name, term in t.terms.items()
+        }
         learned = {name: term for name, term in terms.items() if hasattr(term, "choice_error")}
         if learned:  # from choices, of whose number their errors tell
             de = (embeddings - self.base[2]).mean(0)
-            record["change_se_choices"] = {name: term.choice_error(de) for name, term in learned.items()}
+            record["change_se_choices"] = {
+                name: term.choice_error(de) for name, term in learned.items()
+            }
         pictures = gather_rows([{"": (255 * images[self.shown]).round().byte()}])[""]
         return pictures / 255, record
 
@@ -168,5 +184,7 @@ def signs_of_hacking(record):
     if not clear(record.get("gain"), record.get("gain_se"), 1):
         return []
     names = [name for name in record["change"] if name not in record["terms"]]
-    fallen = [name for name in names if clear(record["change"][name], record["change_se"][name], -1)]
+    fallen = [
+        name for name in names if clear(record["change"][name], record["change_se"][name], -1)
+    ]
     return fallen if len(fallen) > 1 else []

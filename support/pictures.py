@@ -58,8 +58,15 @@ def read_grids(folder):
 def animate(folder, grids):
     """Animate the grids of a run folder, at least one, into evolution.webp."""
     frames = [picture for _, picture in grids]
-    times = [1500] + [300] * (len(frames) - 2) + [2500]  # milliseconds; first and last long enough to look at
-    options = {"save_all": True, "append_images": frames[1:], "duration": times[: len(frames)], "loop": 0}
+    times = (
+        [1500] + [300] * (len(frames) - 2) + [2500]
+    )  # milliseconds; first and last long enough to look at
+    options = {
+        "save_all": True,
+        "append_images": frames[1:],
+        "duration": times[: len(frames)],
+        "loop": 0,
+    }
     save_picture(frames[0], Path(folder, "evolution.webp"), **options)
 
 
@@ -67,22 +74,31 @@ def report(folder, grids, records, reward):
     """Draw report.png: the first and last of a run's grids, and the curves of its records."""
     from matplotlib.figure import Figure  # which takes a second
 
-    measured, trained = ([r for r in records if r.get(key) is not None] for key in ("change", "reward"))
+    measured, trained = (
+        [r for r in records if r.get(key) is not None] for key in ("change", "reward")
+    )
     x = [r["iteration"] for r in measured]
-    figure, curves = Figure(figsize=(16, 11), layout="constrained"), ["reward", "watched", "drift", "norm"]
+    figure, curves = (
+        Figure(figsize=(16, 11), layout="constrained"),
+        ["reward", "watched", "drift", "norm"],
+    )
     axes = figure.subplot_mosaic([["before"] * 2 + ["after"] * 2, curves], height_ratios=[2.2, 1])
     for name, (iteration, picture) in (("before", grids[0]), ("after", grids[-1])):
         axes[name].imshow(picture)
         axes[name].set_title(f"{name}: iteration {iteration}, same prompts and noise")
         axes[name].axis("off")
-    axes["reward"].plot([r["iteration"] for r in trained], [r["reward"] for r in trained], "C0", alpha=0.3)
+    axes["reward"].plot(
+        [r["iteration"] for r in trained], [r["reward"] for r in trained], "C0", alpha=0.3
+    )
     if measured[0].get("held_out") is not None:
         errors = [r["held_out_se"] or 0 for r in measured]
         axes["reward"].errorbar(x, [r["held_out"] for r in measured], errors, fmt="C0o-", capsize=3)
     axes["reward"].set_title(f"{reward[:40]}: held-out\n± standard error (pale: training)")
     for name, unit in measured[0]["watched_se"].items():
         change = [(r["change"][name] or 0) / (unit or 1) for r in measured]
-        axes["watched"].plot(x, change, "o-", label=f"{name} ({measured[-1]['change'][name] or 0:+.2f})")
+        axes["watched"].plot(
+            x, change, "o-", label=f"{name} ({measured[-1]['change'][name] or 0:+.2f})"
+        )
     axes["watched"].axhline(0, color="grey", lw=0.5)
     axes["watched"].set_title("watched: held-out change,\nin standard errors of the base model")
     axes["watched"].legend()

@@ -38,12 +38,22 @@ def read_config(folder, keys=None):
         config = dict(json.loads(path.read_text(encoding="utf-8")).items())
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder} is not the folder of a run: {first_line(error)}") from error
-    missing = {*(keys or ["checksum"])} - config.keys()  # the configuration of a taste has no checksum
+    missing = {
+        *(keys or ["checksum"])
+    } - config.keys()  # the configuration of a taste has no checksum
     if missing or config.pop("checksum", None) not in (None, checksum(json.dumps(config).encode())):
-        raise UserError(f"{path} was damaged or changed, by its checksum: undo that, or start a new run")
-    flags = [(f"--{k.replace('_', '-')}", v) for k, v in config.items() if keys is None or k in keys]
+        raise UserError(
+            f"{path} was damaged or changed, by its checksum: undo that, or start a new run"
+        )
+    flags = [
+        (f"--{k.replace('_', '-')}", v) for k, v in config.items() if keys is None or k in keys
+    ]
     # 0 is one of the values, though it equals False
-    return [flag if v is True else f"{flag}={v}" for flag, v in flags if v is not None and v is not False]
+    return [
+        flag if v is True else f"{flag}={v}"
+        for flag, v in flags
+        if v is not None and v is not False
+    ]
 
 
 def read_metrics(folder):
@@ -102,7 +112,9 @@ class Run:
         A damaged one, by its checksum or its contents, is passed over for the one before, and that is said.
         The records come from there, too, so damage to metrics.jsonl is mended. UserError if none is left.
         """
-        self.records = [record for record in read_metrics(self.folder) if record["iteration"] == 0][:1]
+        self.records = [record for record in read_metrics(self.folder) if record["iteration"] == 0][
+            :1
+        ]
         for path in (self.folder / "state.pt", self.folder / "state.previous.pt"):
             try:
                 first, data = path.read_bytes().split(b"\n", 1)
@@ -116,9 +128,13 @@ class Run:
                 continue
             except Exception as error:  # whatever damage does
                 self.records = []
-                tqdm.write(f"{path} is damaged ({first_line(error)}): going back to the checkpoint before it")
+                tqdm.write(
+                    f"{path} is damaged ({first_line(error)}): going back to the checkpoint before it"
+                )
         if not self.records:
-            raise UserError(f"{self.folder} cannot be resumed, its files are damaged: start a new run")
+            raise UserError(
+                f"{self.folder} cannot be resumed, its files are damaged: start a new run"
+            )
         if self.first:
             self.write_metrics(self.folder)
 
@@ -128,7 +144,9 @@ class Run:
         def on_interrupt(signum, frame):
             self.interrupted.append(signum)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            tqdm.write("finishing this iteration, then saving (Ctrl-C again to stop at once)", sys.stderr)
+            tqdm.write(
+                "finishing this iteration, then saving (Ctrl-C again to stop at once)", sys.stderr
+            )
 
         signal.signal(signal.SIGINT, on_interrupt)
         done, total = self.records[-1]["iteration"], self.args.iterations
@@ -209,9 +227,15 @@ def warn(text):
 
 def spent(record):
     """What was asked of judges, as text to be added; empty if there is none."""
-    return f", {record['requests']:,} requests, {record['tokens']:,} tokens" if "requests" in record else ""
+    return (
+        f", {record['requests']:,} requests, {record['tokens']:,} tokens"
+        if "requests" in record
+        else ""
+    )
 
 
 def changes(record, names):
     """The changes of some watched rewards as text."""
-    return ", ".join(f"{k} {plus_minus(record['change'][k], record['change_se'][k])}" for k in names)
+    return ", ".join(
+        f"{k} {plus_minus(record['change'][k], record['change_se'][k])}" for k in names
+    )

@@ -76,7 +76,9 @@ SAID, LINES = [""], set()  # the last that a command said; the distinct command 
 
 def named(estimator):
     """What --estimator takes for an estimator of ours."""
-    return estimator if estimator in train.ESTIMATORS else f"{ROOT}/studies/baselines.py:{estimator}"
+    return (
+        estimator if estimator in train.ESTIMATORS else f"{ROOT}/studies/baselines.py:{estimator}"
+    )
 
 
 def new_folder(rng):
@@ -121,7 +123,9 @@ def in_fork(folder, command, args, before):
     code = 1
     try:
         os.chdir(folder)
-        torch.set_num_threads(1)  # which mends its thread pool, before threads of others meet the forked one
+        torch.set_num_threads(
+            1
+        )  # which mends its thread pool, before threads of others meet the forked one
         signal.signal(signal.SIGINT, signal.default_int_handler)
         most = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE + 2**32
         resource.setrlimit(resource.RLIMIT_AS, (most, most))  # 4 GB are enough for what is small
@@ -154,9 +158,13 @@ def quick(folder, args, before=None, rng=None, kill=None):
 def complaint(command, code, out, err, codes=(0, 2)):
     """What is wrong with how a command ended; "" if nothing is."""
     lines = [
-        line for line in re.split("[\r\n]+", err) if line.strip() and not re.search(r"\d%\||\?it/s", line)
+        line
+        for line in re.split("[\r\n]+", err)
+        if line.strip() and not re.search(r"\d%\||\?it/s", line)
     ]
-    lines = [line for line in lines if not line.startswith(("warning: ", "finishing this iteration"))]
+    lines = [
+        line for line in lines if not line.startswith(("warning: ", "finishing this iteration"))
+    ]
     if code not in codes:
         return f"it ended with {code}: {(lines or ['silence'])[-1][:300]}"
     if "Traceback" in out + err:
@@ -170,14 +178,18 @@ def result(run):
     """What a run has come to: its records less what the machine decides, and its LoRA."""
     text = re.sub(r"127.0.0.1:\d+", "", (run / "metrics.jsonl").read_text())
     records = [json.loads(line) for line in text.splitlines()]
-    metrics = json.dumps([{k: v for k, v in record.items() if k != "seconds"} for record in records])
+    metrics = json.dumps(
+        [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+    )
     return metrics, (run / "lora.safetensors").read_bytes()
 
 
 def differs(folder, expected):
     """How the result of a run is another than expected, in words; "" if it is not."""
     metrics, lora = result(folder / "runs/x")
-    return "other metrics" if metrics != expected[0] else "another LoRA" if lora != expected[1] else ""
+    return (
+        "other metrics" if metrics != expected[0] else "another LoRA" if lora != expected[1] else ""
+    )
 
 
 def on_operation(at, act, again=False):
@@ -186,7 +198,14 @@ def on_operation(at, act, again=False):
 
     def hook(event, args):
         nonlocal count, acting
-        if acting or event not in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir"):
+        if acting or event not in (
+            "open",
+            "os.rename",
+            "os.mkdir",
+            "os.remove",
+            "os.rmdir",
+            "os.scandir",
+        ):
             return
         if isinstance(args[0], str | os.PathLike) and os.fspath(args[0]).startswith("runs"):
             count += 1
@@ -214,7 +233,12 @@ def undisturbed(estimator, iterations=4):
     args = [*RUN, str(iterations), "--estimator", named(estimator), *ESTIMATORS[estimator].split()]
     code, _, err = quick(folder, args, lambda: on_operation(10**9, None))
     assert code == 0, err
-    return folder, result(folder / "runs/x"), int.from_bytes(OPERATIONS[:8], "little"), time.time() - start
+    return (
+        folder,
+        result(folder / "runs/x"),
+        int.from_bytes(OPERATIONS[:8], "little"),
+        time.time() - start,
+    )
 
 
 def ends_as(folder, args, expected, rng):
@@ -232,7 +256,9 @@ def kill(rng, folder):
         size = rng.choice([None, int(10 ** rng.uniform(0, 5))])
 
         def act(size=size):
-            os.kill(os.getpid(), signal.SIGKILL) if size is None else break_writes(size, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGKILL) if size is None else break_writes(
+                size, signal.SIG_DFL
+            )
 
         before = functools.partial(on_operation, rng.randint(1, operations), act)
         how = rng.choice([{"before": before}] * 3 + [{"kill": rng.uniform(0.01, seconds)}])
@@ -327,10 +353,16 @@ def serve(listener, answers):
     while True:
         connection, name = listener.accept()[0], answers.pop(0) if answers else "fine"
         connection.settimeout(5)
-        with suppress(OSError, ValueError, TypeError), connection, connection.makefile("rb") as request:
+        with (
+            suppress(OSError, ValueError, TypeError),
+            connection,
+            connection.makefile("rb") as request,
+        ):
             head = b"".join(iter(request.readline, b"\r\n"))
             body = json.loads(request.read(int(re.search(rb"(?i)content-length: (\d+)", head)[1])))
-            images = [Image.open(io.BytesIO(base64.b64decode(i))).convert("L") for i in body["images"]]
+            images = [
+                Image.open(io.BytesIO(base64.b64decode(i))).convert("L") for i in body["images"]
+            ]
             R = [sum(image.tobytes()) / image.width / image.height for image in images]
             data = hostile.ANSWERS[name] or hostile.answer("200", json.dumps(R).encode())
             for i in range(60 if name == "drip" else 0):
@@ -377,7 +409,9 @@ def service(rng, folder):
     wrong = complaint("train", *ended)
     if not wrong and ended[0] == 2:
         wrong = complaint("train", *with_service(folder, port, [], rng), [0])
-    numbers = any(answer.startswith("[") or answer == "heads" for answer in answers)  # taken for rewards
+    numbers = any(
+        answer.startswith("[") or answer == "heads" for answer in answers
+    )  # taken for rewards
     wrong = wrong or ("" if numbers else differs(folder, undisturbed_service()))
     return wrong, f"{ended[0]}", f"{answers}"
 
@@ -388,7 +422,9 @@ def person():
     In its folder are answers from before, in a damaged file.
     """
     rng, human, found, path = random.Random(sys.argv[1]), Human(2, 1), [], Path("preferences.jsonl")
-    path.write_text("".join(f'{{"key": "{i}", "prompt": "é", "choice": {i % 2}}}\n' for i in range(9)))
+    path.write_text(
+        "".join(f'{{"key": "{i}", "prompt": "é", "choice": {i % 2}}}\n' for i in range(9))
+    )
     hostile.damage(rng, path)
     port = int(re.search(r":(\d+)/", human.open("."))[1])
     images = torch.rand(2, 3, 8, 8)
@@ -399,7 +435,10 @@ def person():
     (key,), answers = human.waiting, dict(human.answers)
 
     def ask(data):
-        with socket.create_connection(("127.0.0.1", port), 5) as connection, suppress(ConnectionError):
+        with (
+            socket.create_connection(("127.0.0.1", port), 5) as connection,
+            suppress(ConnectionError),
+        ):
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: connection.recv(65536), b""))
@@ -408,14 +447,22 @@ def person():
     for _ in range(20):
         ask(data := hostile.request(rng, key, port))
         shown = ask(f"GET /group {host}\r\n".encode()) or b""
-        if key.encode() not in shown or human.answers != answers or not {*answers.values()} <= {0, 1, None}:
-            return print(f"after {data[:400]!r} the page showed {shown[:100]!r} and had {human.answers}")
+        if (
+            key.encode() not in shown
+            or human.answers != answers
+            or not {*answers.values()} <= {0, 1, None}
+        ):
+            return print(
+                f"after {data[:400]!r} the page showed {shown[:100]!r} and had {human.answers}"
+            )
     body = json.dumps({"key": key, "choice": 1})
     host += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
     ask(f"POST /answer {host}\r\n{body}".encode())
     waiting.join(5)
     kept = dict(human.read_answers()) == {**answers, key: 1}
-    print("" if found == [[0, 1]] and kept else f"a good answer came to {found}, and is kept: {kept}")
+    print(
+        "" if found == [[0, 1]] and kept else f"a good answer came to {found}, and is kept: {kept}"
+    )
 
 
 def page(rng, folder):
@@ -430,7 +477,9 @@ def flags(command, estimator=None):
     if estimator:
         parser = train.make_parser(estimator)[0]
     else:
-        with mock.patch.object(Parser, "parse_args", autospec=True, side_effect=InterruptedError) as parse:
+        with mock.patch.object(
+            Parser, "parse_args", autospec=True, side_effect=InterruptedError
+        ) as parse:
             with suppress(InterruptedError):
                 MAINS[command]()
         parser = parse.call_args[0][0]
@@ -439,7 +488,9 @@ def flags(command, estimator=None):
 
 def draw_line(rng):
     """A command and its arguments: little work, then up to three flags with values of all sorts."""
-    command = rng.choice(["train"] * 35 + ["sample"] * 10 + [name for name in MAINS if name != "page"])
+    command = rng.choice(
+        ["train"] * 35 + ["sample"] * 10 + [name for name in MAINS if name != "page"]
+    )
     args, estimator = SMALL.get(command, "").split(), None
     if command == "train" and rng.random() < 0.1:
         args, estimator = "--name old --resume".split(), "fdfo"
@@ -449,7 +500,9 @@ def draw_line(rng):
         if rng.random() < 0.3:  # with the flags of fdfo
             args, estimator = [*SMALL["train"].split(), "--estimator", "est.py:f"], "fdfo"
         if rng.random() < 0.3:
-            args += [f"--{rng.choice(['reward', 'reward', 'reward', 'watch'])}={hostile.expression(rng)}"]
+            args += [
+                f"--{rng.choice(['reward', 'reward', 'reward', 'watch'])}={hostile.expression(rng)}"
+            ]
     elif command == "bench" and rng.random() < 0.5:
         args.remove("--estimate")
     elif command == "sample" and rng.random() < 0.5:
@@ -457,7 +510,9 @@ def draw_line(rng):
     for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
         action = rng.choice(flags(command, estimator))
         numeric = action.type and not action.choices
-        value = rng.choice(hostile.NUMBERS if rng.random() < (0.9 if numeric else 0.2) else hostile.TEXTS)
+        value = rng.choice(
+            hostile.NUMBERS if rng.random() < (0.9 if numeric else 0.2) else hostile.TEXTS
+        )
         if action.dest in ("reward", "watch") and rng.random() < 0.8:
             value = hostile.expression(rng)
         elif action.choices and rng.random() < 0.5:
@@ -496,12 +551,18 @@ def every_line():
     for head, body in rewards:
         for flag in ("--reward=", "--watch=", "--reward=brightness - "):
             yield [*train, f"{flag}mine.py:f"], {"mine.py": f"{head}\n{hostile.REWARD}{body}"}
-    signature, fine = "problem, eps, cond, generator", "problem.reward(eps, cond); grads(1.0); return 2"
+    signature, fine = (
+        "problem, eps, cond, generator",
+        "problem.reward(eps, cond); grads(1.0); return 2",
+    )
     parts = [(signature, "", body) for body in hostile.ESTIMATES]
     parts += [(s, words, fine) for s in hostile.SIGNATURES for words in hostile.HELPS]
     for part in parts:
         for more in ([], ["--help"], ["--h=1"], ["--no-b"]):
-            yield [*train, "--estimator", "est.py:f", *more], {"est.py": hostile.ESTIMATOR.format(*part)}
+            yield (
+                [*train, "--estimator", "est.py:f", *more],
+                {"est.py": hostile.ESTIMATOR.format(*part)},
+            )
 
 
 def line(rng, folder, drawn=None):
@@ -517,8 +578,15 @@ def line(rng, folder, drawn=None):
         if after.get(path) == before.get(path) or "__pycache__" in path:
             continue
         run = folder.parent / re.sub("/samples$", "", os.path.dirname(path))
-        if command == "train" and path not in before:  # a run that trained, or one that a person was to judge
-            good = len(read_metrics(run)) > 1 or "human" in text or path.endswith(".part") and code == 130
+        if (
+            command == "train" and path not in before
+        ):  # a run that trained, or one that a person was to judge
+            good = (
+                len(read_metrics(run)) > 1
+                or "human" in text
+                or path.endswith(".part")
+                and code == 130
+            )
         elif command == "train":
             good = "--resume" in args and path.startswith("most/runs/old/") and code != 2
         elif command == "sample":
@@ -538,7 +606,14 @@ def each(rng, folder, n):
 
 
 MAINS["page"] = person
-KINDS = {line: 35, kill: 22, machine: 12, file: 25, service: 4, page: 2}  # and their shares of the time
+KINDS = {
+    line: 35,
+    kill: 22,
+    machine: 12,
+    file: 25,
+    service: 4,
+    page: 2,
+}  # and their shares of the time
 
 
 def trial(seed, kind, n):
@@ -554,7 +629,9 @@ def trial(seed, kind, n):
 def warm_up():
     """Train once in this process, so that its forks have everything imported; then it is as before."""
     tqdm.monitor_interval = 0  # no threads, which a fork would lack
-    tqdm.set_lock(threading.RLock())  # tqdm's own is one for all forks, and the killed would keep it
+    tqdm.set_lock(
+        threading.RLock()
+    )  # tqdm's own is one for all forks, and the killed would keep it
     torch.set_num_threads(1)
     with chdir(new_folder(random.Random(0))), open("said", "w") as said:
         with redirect_stdout(said), redirect_stderr(said):
@@ -567,9 +644,15 @@ def warm_up():
 
 def main():
     parser = Parser(description=__doc__)
-    parser.add_argument("--minutes", type=number(float, 0, 10_000), default=1.0, help="in all (default 1)")
-    parser.add_argument("--trials", type=number(int, 1), help="of each kind, however long they take")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="of all that is drawn (default 0)")
+    parser.add_argument(
+        "--minutes", type=number(float, 0, 10_000), default=1.0, help="in all (default 1)"
+    )
+    parser.add_argument(
+        "--trials", type=number(int, 1), help="of each kind, however long they take"
+    )
+    parser.add_argument(
+        "--seed", type=number(int, 0), default=0, help="of all that is drawn (default 0)"
+    )
     parser.add_argument("--only", help="a kind, each, or one trial as kind:17")
     args = parser.parse_args()
     name, _, n = (args.only or "").partition(":")
@@ -582,7 +665,9 @@ def main():
     counts, spent, outcomes, start = Counter(), Counter(), defaultdict(Counter), time.time()
     with suppress(KeyboardInterrupt):  # which may end it early
         while kinds:
-            kind = min(kinds, key=lambda kind: counts[kind] if args.trials else spent[kind] / KINDS[kind])
+            kind = min(
+                kinds, key=lambda kind: counts[kind] if args.trials else spent[kind] / KINDS[kind]
+            )
             began = time.time()
             if counts[kind] == args.trials or not args.trials and began - start > 60 * args.minutes:
                 break

@@ -28,7 +28,9 @@ def test_ocr_reads_drawn_words():
     for text in texts:
         picture = Image.new("RGB", (512, 512), "white")
         ImageDraw.Draw(picture).text((40, 200), text, "black", ImageFont.load_default(64))
-        pictures.append(torch.tensor(list(picture.tobytes())).view(512, 512, 3).permute(2, 0, 1) / 255)
+        pictures.append(
+            torch.tensor(list(picture.tobytes())).view(512, 512, 3).permute(2, 0, 1) / 255
+        )
     R = Reward("ocr")(torch.stack(pictures), ['a sign that says "Hello World"'] * 4)
     assert R.tolist() == pytest.approx([1, 1, 1 - 2 / 10, 0])
 
@@ -52,7 +54,8 @@ def test_a_person_trains_the_tiny_model_in_a_browser(tmp_path):
     screenshots = Path(os.environ.get("SCREENSHOTS", tmp_path))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-background-networking"]
+            executable_path=shutil.which("chromium"),
+            args=["--no-sandbox", "--disable-background-networking"],
         )
 
         def open_page(url, number):

@@ -45,16 +45,22 @@ def check_devices(operator, args, kwargs):
     kind = operator.overloadpacket
     if kind in (aten.copy_, aten._foreach_copy_):  # Copy.cpp: from any device to any
         return
-    if kind in INDEXING:  # TensorAdvancedIndexing.cpp: indices may be on the CPU, and a single value
+    if (
+        kind in INDEXING
+    ):  # TensorAdvancedIndexing.cpp: indices may be on the CPU, and a single value
         x, indices, *values = args
         if any(i is not None and i.device not in (CPU, x.device) for i in indices):
             where = f"on cpu or on the same device as the indexed tensor ({x.device})"
             raise RuntimeError(f"indices should be either {where}")
         tensors = [x, *(value for value in values[:1] if value.dim() > 0)]
-    elif operator.name() in iterated():  # TensorIterator.cpp: one number may be on the CPU, but no result
+    elif (
+        operator.name() in iterated()
+    ):  # TensorIterator.cpp: one number may be on the CPU, but no result
         numbers = [a for a in tensors if a.dim() == 0 and a.device == CPU]
         others = [a for a in tensors if a.dim() > 0 or a.device != CPU]
-        allowed = len(numbers) if kind is aten.where else 1  # TensorCompare.cpp: as many as there are
+        allowed = (
+            len(numbers) if kind is aten.where else 1
+        )  # TensorCompare.cpp: as many as there are
         tensors = others + numbers[allowed:] if others else []
         if others and operator._schema.name.endswith("_"):
             mapped(tensors.append, args[0])
@@ -69,13 +75,19 @@ class GPUTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, values):
-        like = {"dtype": values.dtype, "strides": values.stride(), "storage_offset": values.storage_offset()}
+        like = {
+            "dtype": values.dtype,
+            "strides": values.stride(),
+            "storage_offset": values.storage_offset(),
+        }
         return torch.Tensor._make_wrapper_subclass(cls, values.shape, device=META, **like)
 
     def __init__(self, values):
         self.values = values
 
-    device, is_cuda, is_meta = (property(lambda self, value=value: value) for value in (GPU, True, False))
+    device, is_cuda, is_meta = (
+        property(lambda self, value=value: value) for value in (GPU, True, False)
+    )
     __torch_function__ = torch._C._disabled_torch_function_impl
     __tensor_flatten__ = __tensor_unflatten__ = None  # so that Module.to swaps parameters
 
@@ -90,7 +102,9 @@ class GPUTensor(torch.Tensor):
 class Operators(TorchDispatchMode):
     """Checks every operator, below autograd, and computes it with the values."""
 
-    meta_is_meant = False  # Python code that says meta, to load weights, means it; C++ means the fake GPU
+    meta_is_meant = (
+        False  # Python code that says meta, to load weights, means it; C++ means the fake GPU
+    )
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs, outer = kwargs or {}, {}
@@ -109,7 +123,13 @@ class Operators(TorchDispatchMode):
             options["device"] = CPU if on_gpu else kwargs["device"]
 
         def wrap(tensor):
-            return outer[id(tensor)] if id(tensor) in outer else GPUTensor(tensor) if on_gpu else tensor
+            return (
+                outer[id(tensor)]
+                if id(tensor) in outer
+                else GPUTensor(tensor)
+                if on_gpu
+                else tensor
+            )
 
         return mapped(wrap, operator(*inner, **options))
 
@@ -125,7 +145,9 @@ class Functions(TorchFunctionMode):
             own = [a.device for a in args if isinstance(a, torch.Tensor)]
             device, found = kwargs.get("device") or [*own, CPU][0], kwargs["generator"].device
             if torch.device(device).type != found.type:
-                raise RuntimeError(f"Expected a '{device}' device type for generator but found '{found}'")
+                raise RuntimeError(
+                    f"Expected a '{device}' device type for generator but found '{found}'"
+                )
         if function == torch.Tensor.data.__set__ and isinstance(args[0], GPUTensor):
             args[0].values = args[1].values
         if function is torch.Tensor.tolist:
@@ -135,11 +157,19 @@ class Functions(TorchFunctionMode):
             function, args = torch.tensor, args[1:]
         if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            args = (args[0], tuple(torch.tensor(i) if isinstance(i, list) else i for i in index), *args[2:])
+            args = (
+                args[0],
+                tuple(torch.tensor(i) if isinstance(i, list) else i for i in index),
+                *args[2:],
+            )
         meant = any(is_device(a, "meta") for a in (*args, *kwargs.values()))
         args = [META if is_device(a, "cuda") else a for a in args]
         kwargs = {name: META if is_device(a, "cuda") else a for name, a in kwargs.items()}
-        if function in (torch.tensor, torch.as_tensor) and kwargs.get("device") == META and not meant:
+        if (
+            function in (torch.tensor, torch.as_tensor)
+            and kwargs.get("device") == META
+            and not meant
+        ):
             return function(*args, **kwargs | {"device": None}).to(META)
         Operators.meta_is_meant = meant
         try:
@@ -155,7 +185,9 @@ def is_device(a, kind):
 def backward(loss):
     """loss.backward(), which would leave `Functions`, where checkpoints compute again."""
     engine, one = torch.autograd.Variable._execution_engine, torch.ones_like(loss)
-    engine.run_backward((loss,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+    engine.run_backward(
+        (loss,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 @contextmanager
@@ -165,7 +197,9 @@ def fake_gpu():
     answers |= {"max_memory_allocated": 0, "reset_peak_memory_stats": None}
     with ExitStack() as stack:
         for name, answer in answers.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, lambda *args, a=answer, **options: a))
+            stack.enter_context(
+                mock.patch.object(torch.cuda, name, lambda *args, a=answer, **options: a)
+            )
         stack.enter_context(mock.patch("torch.Generator", Generator))
         stack.enter_context(mock.patch("torch.Tensor.backward", backward))
         stack.enter_context(Operators())

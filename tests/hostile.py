@@ -23,7 +23,19 @@ NUMBERS += ["9" * 400, "1e" + "9" * 18, "", " ", "1\n"]
 TEXTS = r"""-- - --reward ' " % %s %(default)s {} \ * $HOME ~ . .. / /etc /dev/null /dev/full folder two.txt
     empty.txt bytes.bin loop dangling missing missing/deep ../escape runs/old x/../y None vlm:/etc cpu cuda
     cuda:99 meta mps cpu:7 xla tiny folder/x.png two.txt/x.png x.gif x.PNG old last all é 🍎""".split()
-TEXTS += ["", " ", "a\nb", "a\rb", "\t", "\x1b[2J", "\udcff", "a" * 300, "-" * 5000, "9" * 400, "x," * 300]
+TEXTS += [
+    "",
+    " ",
+    "a\nb",
+    "a\rb",
+    "\t",
+    "\x1b[2J",
+    "\udcff",
+    "a" * 300,
+    "-" * 5000,
+    "9" * 400,
+    "x," * 300,
+]
 TERMS = r"""brightness clip jpeg_size aesthetic sharpness 0.1 2 1e400 1_0 0x1 1j True None unknown x.y a[0]
     é 💡 mine.py:f mine.py:g ./mine.py:f missing.py:f mine.py:__name__ folder.py:f vlm:/etc vlm:7b vlm:
     vlm:"" judge:x taste:x ocr ocr:x pickscore http:// http://a..b/ http://127.0.0.1:1/ lambda:0 f(x) () []
@@ -82,7 +94,11 @@ def furnish(folder, rng):
     """Put files into a folder that command lines may name: prompts, a reward and an estimator as drawn."""
     (folder / "folder").mkdir()
     (folder / "folder.py").mkdir()
-    for name, text in {"two.txt": "sun\nrobot\n", "empty.txt": "\n", "neighbour.py": "x = 1.0\n"}.items():
+    for name, text in {
+        "two.txt": "sun\nrobot\n",
+        "empty.txt": "\n",
+        "neighbour.py": "x = 1.0\n",
+    }.items():
         (folder / name).write_text(text)
     (folder / "bytes.bin").write_bytes(b"\x89PNG\xff\xfe\x00")
     (folder / "loop").symlink_to("loop")
@@ -112,7 +128,9 @@ def damage(rng, path):
     """Damage a file in one of many ways, and say in which."""
     data = bytearray(path.read_bytes())
     at, size = rng.randrange(len(data)), int(10 ** rng.uniform(0, 4))
-    kind = rng.choice(split("bit|bit|bits|zeros|cut|garbage|text|empty|more|gone|folder") + ["edit"] * 4)
+    kind = rng.choice(
+        split("bit|bit|bits|zeros|cut|garbage|text|empty|more|gone|folder") + ["edit"] * 4
+    )
     if kind in ("bit", "bits"):
         for _ in range(1 if kind == "bit" else 20):
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
@@ -123,7 +141,18 @@ def damage(rng, path):
     elif kind == "garbage":
         data[at : at + size] = rng.randbytes(size)
     elif kind == "text":
-        texts = ["[]", "{}", "null", "\ufeff{}", "[" * 9999, "3", '"x"', "é\n" * 99, "1e999", '{"a":' * 5000]
+        texts = [
+            "[]",
+            "{}",
+            "null",
+            "\ufeff{}",
+            "[" * 9999,
+            "3",
+            '"x"',
+            "é\n" * 99,
+            "1e999",
+            '{"a":' * 5000,
+        ]
         data = rng.choice(texts).encode()
     elif kind == "empty":
         data = b""
@@ -160,7 +189,9 @@ def edit_json(rng, data):
 def edit_state(rng, data):
     """A checkpoint with a right checksum, and something else in one place, or nothing."""
     state = torch.load(io.BytesIO(data.split(b"\n", 1)[1]), weights_only=True)
-    key = rng.choice([key for key in state if key not in ("memory", "records")])  # which may be missing
+    key = rng.choice(
+        [key for key in state if key not in ("memory", "records")]
+    )  # which may be missing
     lora = state["lora"]
     state[key] = rng.choice(
         [None, [], {}, 3, "x", torch.ones(3), [w[:1] for w in lora], lora[1:], lora[::-1]]
@@ -176,11 +207,22 @@ def edit_lora(rng, data):
     tensors = load(data)
     key = rng.choice(list(tensors))
     w = tensors.pop(key)
-    others = [w[:1], w.T.contiguous(), w * math.nan, w.to(torch.int8), w[..., None], torch.ones(()), None]
+    others = [
+        w[:1],
+        w.T.contiguous(),
+        w * math.nan,
+        w.to(torch.int8),
+        w[..., None],
+        torch.ones(()),
+        None,
+    ]
     if (other := rng.choice(others)) is not None:
-        tensors[key.replace("lora", rng.choice(["lora", "lora", "lora", "lora_te", "x"]), 1)] = other
+        tensors[key.replace("lora", rng.choice(["lora", "lora", "lora", "lora_te", "x"]), 1)] = (
+            other
+        )
     return save(
-        tensors, rng.choice([None, {"format": "pt"}, {"lora_adapter_metadata": "[1]"}, {"sha256": "0"}])
+        tensors,
+        rng.choice([None, {"format": "pt"}, {"lora_adapter_metadata": "[1]"}, {"sha256": "0"}]),
     )
 
 
@@ -221,15 +263,23 @@ ANSWERS |= {body[:20]: answer("200", body.encode()) for body in BODIES}
 
 def request(rng, key, port):
     """A request to the page of a person, which may not answer the group of that key."""
-    choice = rng.choice([True, False, 0.0, 1.0, -1, 2, 10**400, 1e999, "0", "", [], [0], {}, math.nan])
+    choice = rng.choice(
+        [True, False, 0.0, 1.0, -1, 2, 10**400, 1e999, "0", "", [], [0], {}, math.nan]
+    )
     host, kind = f"127.0.0.1:{port}", "application/json"
     if rng.random() < 0.5:  # from another page, or by another name, even a right choice is none
         choice = rng.choice([0, 1, None])
         if rng.random() < 0.5:
-            host = rng.choice(split(f"evil.com|127.0.0.1.evil.com:{port}||[::1]|é|127.0.0.2|x@127.0.0.1.x"))
+            host = rng.choice(
+                split(f"evil.com|127.0.0.1.evil.com:{port}||[::1]|é|127.0.0.2|x@127.0.0.1.x")
+            )
         else:
-            kind = rng.choice(split("text/plain|application/x-www-form-urlencoded||application/json;x|json"))
-    text = json.dumps({"key": rng.choice([key, "", "x", None, [key], 3, "a" * 700]), "choice": choice})
+            kind = rng.choice(
+                split("text/plain|application/x-www-form-urlencoded||application/json;x|json")
+            )
+    text = json.dumps(
+        {"key": rng.choice([key, "", "x", None, [key], 3, "a" * 700]), "choice": choice}
+    )
     if rng.random() < 0.3:
         others = split('|null|[]|"x"|{|\0|{"key": 1}|{"choice": 0}|é') + [
             "[" * 900,

@@ -83,7 +83,9 @@ def learned():
     for p in lora.parameters:
         p.data += 0.05 * torch.randn(p.shape, generator=generator)
     problem = Problem(velocity, toy.reward, lora, toy.TIMES, batch=4096)
-    return problem, exact_gradient(problem, torch.randn(4096, 2, generator=generator), torch.zeros(4096))
+    return problem, exact_gradient(
+        problem, torch.randn(4096, 2, generator=generator), torch.zeros(4096)
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,11 +125,15 @@ def test_awm_is_its_closed_form_for_a_constant_velocity():
     # each image at a time of its own, drawn by the time its step covers, with fresh noise
     (x_t, t), times = calls[-1], torch.tensor(problem.times)
     shares = torch.stack([(t == time).double().mean() for time in problem.times[:-1]])
-    torch.testing.assert_close(shares, -times.diff().double(), rtol=0, atol=4 * 0.5 / math.sqrt(40000))
+    torch.testing.assert_close(
+        shares, -times.diff().double(), rtol=0, atol=4 * 0.5 / math.sqrt(40000)
+    )
     noise = (x_t - (1 - t[:, None]) * images[0]) / t[:, None]
     spread = torch.cov(torch.cat([noise, images[0]], 1).T)[: len(w)]
     # standard errors of 1 / 200, twice that of the variances; all 72 within five
-    torch.testing.assert_close(spread, torch.eye(len(w), 2 * len(w)).double(), rtol=0, atol=5 * 1.5 / 200)
+    torch.testing.assert_close(
+        spread, torch.eye(len(w), 2 * len(w)).double(), rtol=0, atol=5 * 1.5 / 200
+    )
 
 
 def pairs(problem, eps, cond, churn):
@@ -182,11 +188,15 @@ def test_advantages_are_normalised_in_groups():
     for estimator in (flow_grpo, awm):
         problem.reward = reward
         g = estimated(problem, estimator, eps, cond, seed(0))
-        problem.reward = lambda x, c: 100 * reward(x, c) + 50 * c  # neither scale nor prompt matters
+        problem.reward = lambda x, c: (
+            100 * reward(x, c) + 50 * c
+        )  # neither scale nor prompt matters
         again = estimated(problem, estimator, eps, cond, seed(0))
         torch.testing.assert_close(again, g, rtol=1e-2, atol=1e-2 * g.abs().max().item())
     R = torch.tensor([[1.0, 2.0, 3.0], [torch.nan, 0.0, 9.0]])
-    advantages = torch.tensor([-1.0, 0.0, 1.0, 0.0, 0.0, 0.0])  # a group with a lost reward says nothing
+    advantages = torch.tensor(
+        [-1.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+    )  # a group with a lost reward says nothing
     torch.testing.assert_close(baselines.group_advantages(R), advantages, rtol=1e-3, atol=0)
 
 
@@ -209,7 +219,10 @@ def test_the_kl_of_flow_grpo_is_the_published_one(noise_level, kl):
 def test_awm_is_pulled_to_the_base_model_and_to_the_average_of_its_weights():
     problem, layer, w, _ = constant_flow()
     problem.reward = lambda x, cond: torch.ones_like(cond)  # nothing to learn but the pull
-    first, second = 0.1 * torch.arange(1.0, len(w) + 1).double()[:, None], torch.ones(len(w), 1).double()
+    first, second = (
+        0.1 * torch.arange(1.0, len(w) + 1).double()[:, None],
+        torch.ones(len(w), 1).double(),
+    )
     for B, average in ((first, first), (second, 0.3 * first + 0.7 * second)):
         layer.B.data, layer.B.grad = B.clone(), None
         awm(problem, *draw(4, len(w)), seed(0), kl=0.5, average_kl=2.0)
@@ -269,7 +282,9 @@ def test_groups_start_from_the_same_noise_or_not_and_train_as_many_steps(shared_
         return velocity(x, t, c)
 
     problem.velocity = spy
-    flow_grpo(problem, eps, cond, seed(0), branches=3, shared_noise=shared_noise, train_steps=train_steps)
+    flow_grpo(
+        problem, eps, cond, seed(0), branches=3, shared_noise=shared_noise, train_steps=train_steps
+    )
     assert len(starts) == 5 and len(trained) == (train_steps or 5)
     same = starts[0] == eps.repeat_interleave(3, 0)
     assert same.all() if shared_noise else not same.any()
@@ -282,7 +297,11 @@ def test_clipping_stops_what_went_far_enough(advantage, shift):
     rolls = list(baselines.noisy_roll_outs(problem, *groups, seed(0), 2, False, 0.7, None))
     # now the ratio is exp(shift)
     rolls = [
-        (c, torch.full((len(c),), advantage).double(), [(*step, before - shift) for *step, before in steps])
+        (
+            c,
+            torch.full((len(c),), advantage).double(),
+            [(*step, before - shift) for *step, before in steps],
+        )
         for c, _, steps in rolls
     ]
     baselines.policy_gradient(problem, rolls, 0.7, clip=0.1)
@@ -292,7 +311,9 @@ def test_clipping_stops_what_went_far_enough(advantage, shift):
 
 @pytest.mark.parametrize("estimator", [awm, backprop, fdfo_published, flow_grpo, reward_gradient])
 def test_the_size_of_a_micro_batch_does_not_matter(estimator):
-    results = [estimated(small_problem(batch=batch), estimator, *draw(6), seed(0)) for batch in (1000, 9)]
+    results = [
+        estimated(small_problem(batch=batch), estimator, *draw(6), seed(0)) for batch in (1000, 9)
+    ]
     torch.testing.assert_close(*results)
 
 
@@ -331,7 +352,9 @@ def test_help_texts_may_have_percent_signs():
 def metrics(monkeypatch, flags):
     """The records of a small run of train.py in the current folder."""
     small = "--prompts prompts.txt --pairs 4 --steps 2 --name x --reward clip+brightness"
-    monkeypatch.setattr("support.run.signal.signal", lambda *args: None)  # Ctrl-C still stops pytest
+    monkeypatch.setattr(
+        "support.run.signal.signal", lambda *args: None
+    )  # Ctrl-C still stops pytest
     monkeypatch.setattr(sys, "argv", ["train.py", *small.split(), *flags.split()])
     train.main()
     with open("runs/x/metrics.jsonl") as file:
@@ -343,7 +366,13 @@ FILE = baselines.__file__
 
 @pytest.mark.parametrize(
     "flags",
-    ["awm", "flow_grpo --shared-noise --branches 3", "backprop", "reward_gradient", "fdfo_published"],
+    [
+        "awm",
+        "flow_grpo --shared-noise --branches 3",
+        "backprop",
+        "reward_gradient",
+        "fdfo_published",
+    ],
 )
 def test_baselines_train_from_the_command_line(flags, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("sun\nrobot")

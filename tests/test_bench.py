@@ -25,7 +25,9 @@ def test_operations_and_live_memory_are_counted():
         profiler.profiled("backward", loss.backward)()
         q = torch.randn(2, 3, 64, 16)
         profiler.profiled("attention", torch.nn.functional.scaled_dot_product_attention)(q, q, q)
-    seconds, operations, peak = zip(*(profiler.table[name] for name in ("forward", "backward", "attention")))
+    seconds, operations, peak = zip(
+        *(profiler.table[name] for name in ("forward", "backward", "attention"))
+    )
     # 2 n^3 for a product, the same for the gradient of the weight; scores and sums of 64 x 64 at 2 x 16 each
     assert operations == (2 * n**3, 2 * n**3, 2 * (2 * 3 * 64 * 64 * 16 * 2))
     # the weight, the input, the hidden layer and its square; then no square, but the gradients of the rest
@@ -51,7 +53,9 @@ def test_images_cost_their_steps_and_no_more(model, steps, monkeypatch, capsys):
     twice = run(monkeypatch, capsys, *options, steps[0], "--train-steps", "2")
     rel = 1e-3  # they are printed to 4 digits
     assert two["sampling"][0] == pytest.approx(2 * one["sampling"][0], rel=rel)
-    assert two["training"][0] == one["training"][0] == pytest.approx(twice["training"][0] / 2, rel=rel)
+    assert (
+        two["training"][0] == one["training"][0] == pytest.approx(twice["training"][0] / 2, rel=rel)
+    )
     assert twice["sampling"][0] == one["sampling"][0]
     assert one["decoding"][0] == two["decoding"][0] and one["reward"][0] == two["reward"][0]
     # of two images one is trained; with frozen weights a backward costs a forward, attention, LoRA a bit more
@@ -61,7 +65,9 @@ def test_images_cost_their_steps_and_no_more(model, steps, monkeypatch, capsys):
 def test_the_pull_to_the_base_model_costs_a_forward(monkeypatch, capsys):
     options = ["--estimate", "--model", "sd3.5", "--steps", "2", "--kl"]
     without, pulled = (run(monkeypatch, capsys, *options, kl) for kl in "01")
-    more = pulled["training"][0] - without["training"][0]  # for one of the two images that are sampled
+    more = (
+        pulled["training"][0] - without["training"][0]
+    )  # for one of the two images that are sampled
     assert more == pytest.approx(without["sampling"][0] / 2, rel=0.01)
 
 

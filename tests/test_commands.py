@@ -32,7 +32,18 @@ from support.evaluation import mean_and_error, signs_of_hacking
 from support.run import checksum, read_config
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = ["--reward", "colorfulness", "--pairs", "8", "--steps", "2", "--lr", "2e-3", "--eval-every", "4"]
+SHORT = [
+    "--reward",
+    "colorfulness",
+    "--pairs",
+    "8",
+    "--steps",
+    "2",
+    "--lr",
+    "2e-3",
+    "--eval-every",
+    "4",
+]
 SHORT += ["--prompts", ROOT / "tiny" / "prompts_test.txt"]  # 13 of which are held out
 
 
@@ -59,7 +70,9 @@ def metrics(folder):
 
 def state_of(folder):
     """The newest checkpoint of a run, without its checksum."""
-    return torch.load(io.BytesIO((folder / "state.pt").read_bytes().split(b"\n", 1)[1]), weights_only=True)
+    return torch.load(
+        io.BytesIO((folder / "state.pt").read_bytes().split(b"\n", 1)[1]), weights_only=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +99,17 @@ def test_training_raises_the_reward_and_leaves_a_complete_folder(whole):
     assert records[-1]["images"] == 8 * 16
     # the same noise before and after, so that the gain has a small error; four of them
     assert records[-1]["gain"] > 4 * records[-1]["gain_se"]
-    assert records[-1]["held_out"] - records[0]["held_out"] == pytest.approx(records[-1]["gain"], abs=1e-3)
+    assert records[-1]["held_out"] - records[0]["held_out"] == pytest.approx(
+        records[-1]["gain"], abs=1e-3
+    )
     assert records[0]["drift"] == 0 < records[-1]["drift"] < 0.2
     watched = {"colorfulness", "aesthetic", "clip", "edge_density", "color_entropy", "diversity"}
     assert set(records[-1]["watched"]) == set(records[-1]["change"]) == watched
-    assert out.startswith("held-out colorfulness") and "sample.py --lora" in out and out.count("\n") == 1
+    assert (
+        out.startswith("held-out colorfulness")
+        and "sample.py --lora" in out
+        and out.count("\n") == 1
+    )
     assert Image.open(folder / "report.png").size[0] > 1000
     assert Image.open(folder / "evolution.webp").n_frames == 3
 
@@ -110,7 +129,10 @@ def test_killed_and_resumed_gives_the_same_numbers(whole, tmp_path):
     args = ["train.py", *SHORT, "--name", "again", "--iterations", 8]
     lines = folder / "metrics.jsonl"
     # while an iteration runs, and while the file that will be state.pt grows
-    kill_when(lambda: lines.exists() and len(lines.read_text().splitlines()) >= 4, start(*args, cwd=tmp_path))
+    kill_when(
+        lambda: lines.exists() and len(lines.read_text().splitlines()) >= 4,
+        start(*args, cwd=tmp_path),
+    )
     assert not (folder / "report.png").exists()
     kill_when((folder / "state.pt.part").exists, start(*args, "--resume", cwd=tmp_path))
     # one bit of the newest checkpoint is flipped; what was damaged is said, and nothing is lost
@@ -154,7 +176,9 @@ def test_a_run_with_another_configuration_is_not_resumed(whole, tmp_path, monkey
 
 
 def test_changed_metrics_are_mended(whole, tmp_path, monkeypatch):
-    path = resume_changed("metrics.jsonl", b'"images": 32', b'"images": 33', whole, tmp_path, monkeypatch)
+    path = resume_changed(
+        "metrics.jsonl", b'"images": 32', b'"images": 33', whole, tmp_path, monkeypatch
+    )
     assert metrics(path.parent) == metrics(whole[0])
 
 
@@ -181,7 +205,10 @@ def test_a_configuration_that_lacks_something_is_damaged(keys, tmp_path):
     "damage, complaint", [("bit", "its checksum is wrong"), ("type", "not finite floats")]
 )
 def test_a_damaged_lora_is_refused(damage, complaint, whole, tmp_path, monkeypatch, capsys):
-    data, path = bytearray((whole[0] / "lora.safetensors").read_bytes()), tmp_path / "damaged.safetensors"
+    data, path = (
+        bytearray((whole[0] / "lora.safetensors").read_bytes()),
+        tmp_path / "damaged.safetensors",
+    )
     data[-2] ^= 1  # of a number, which stays finite
     if damage == "type":  # and no checksum, as in files of other programs
         data = save({key: tensor.to(torch.int8) for key, tensor in load(bytes(data)).items()})
@@ -196,7 +223,9 @@ def test_memory_that_is_not_there_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(SystemExit) as stop:
         run_command(lambda: torch.empty(2**60))  # more than any machine can address
-    assert stop.value.code == 2 and "train.py: out of memory: lower --batch" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and "train.py: out of memory: lower --batch" in capsys.readouterr().err
+    )
     with pytest.raises(RuntimeError):  # a mistake of ours stays one
         run_command(lambda: torch.ones(2) @ torch.ones(3))
 
@@ -223,11 +252,15 @@ def test_a_service_that_goes_down_loses_nothing(tmp_path, monkeypatch, capsys):
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                images = [Image.open(io.BytesIO(base64.b64decode(image))) for image in body["images"]]
+                images = [
+                    Image.open(io.BytesIO(base64.b64decode(image))) for image in body["images"]
+                ]
                 Service.left -= 1
                 self.send_response(200 if Service.left >= 0 else 500)
                 self.end_headers()
-                self.wfile.write(json.dumps([sum(image.histogram()[:128]) for image in images]).encode())
+                self.wfile.write(
+                    json.dumps([sum(image.histogram()[:128]) for image in images]).encode()
+                )
 
             def log_message(self, *args):
                 """Say nothing."""
@@ -267,7 +300,12 @@ def test_a_service_that_goes_down_loses_nothing(tmp_path, monkeypatch, capsys):
 def test_a_hacked_reward_is_called_out(tmp_path):
     args = "--reward brightness --kl 0 --pairs 16 --steps 2 --lr 2e-3 --iterations 8 --eval-every 8"
     code, out, err = command("train.py", *args.split(), cwd=tmp_path)
-    assert code == 0 and "warning: the reward rose" in err and "clip -" in err and "may be hacked" in err
+    assert (
+        code == 0
+        and "warning: the reward rose" in err
+        and "clip -" in err
+        and "may be hacked" in err
+    )
 
 
 def test_two_falls_beyond_three_errors_are_signs_of_hacking():
@@ -290,8 +328,13 @@ def test_errors_are_over_prompts():
     values = torch.tensor([1.0, 3.0, 5.0, 5.0, 0.0, 2.0, torch.nan])
     prompts = torch.tensor([7, 7, 2, 2, 9, 9, 4])
     mean, error = mean_and_error(values, prompts)  # of the prompts' means, 2, 5 and 1
-    assert mean == pytest.approx(16 / 6) and error == pytest.approx(torch.tensor([2.0, 5, 1]).std() / 3**0.5)
-    assert mean_and_error(values[:2], prompts[:2]) == (2.0, None)  # one prompt says nothing of the others
+    assert mean == pytest.approx(16 / 6) and error == pytest.approx(
+        torch.tensor([2.0, 5, 1]).std() / 3**0.5
+    )
+    assert mean_and_error(values[:2], prompts[:2]) == (
+        2.0,
+        None,
+    )  # one prompt says nothing of the others
     assert mean_and_error(values[-1:], prompts[-1:]) == (None, None)
 
 
@@ -308,12 +351,16 @@ def test_sample_compares_a_run_with_its_base(whole, tmp_path):
     assert left.tobytes() != right.tobytes()
 
 
-@pytest.mark.parametrize("estimator", ["spsa --pairs 8 --directions 4", "central --coordinates 4 --pairs 2"])
+@pytest.mark.parametrize(
+    "estimator", ["spsa --pairs 8 --directions 4", "central --coordinates 4 --pairs 2"]
+)
 def test_other_estimators_run_from_the_same_command_line(estimator, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("sun\nrobot")
     small = "--reward brightness --prompts prompts.txt --steps 2 --iterations 1"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--estimator", *estimator.split(), *small.split()])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "--estimator", *estimator.split(), *small.split()]
+    )
     train.main()
     last = metrics(tmp_path / "runs" / "brightness")[-1]
     assert last["images"] == 16 and last["drift"] > 0
@@ -379,9 +426,13 @@ BAD = {
 
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_arguments_end_in_one_line(flags, tmp_path, monkeypatch, capsys):
-    (tmp_path / "broken.py").write_text("def f(images, prompts):\n    raise ValueError('no luck')\n")
+    (tmp_path / "broken.py").write_text(
+        "def f(images, prompts):\n    raise ValueError('no luck')\n"
+    )
     (tmp_path / "short.py").write_text("def f(images, prompts):\n    return [1.0]\n")
-    (tmp_path / "nan.py").write_text("def f(images, prompts):\n    return [float('nan')] * len(images)\n")
+    (tmp_path / "nan.py").write_text(
+        "def f(images, prompts):\n    return [float('nan')] * len(images)\n"
+    )
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "two.txt").write_text("sun\nrobot\n")
     (tmp_path / "long.txt").write_text("sun\n" + "very " * 600)
@@ -395,7 +446,11 @@ def test_bad_arguments_end_in_one_line(flags, tmp_path, monkeypatch, capsys):
     (tmp_path / "picture.bin").write_bytes(b"\x89PNG\xff\xfe\x00")
     (tmp_path / "empty").mkdir()
     (tmp_path / "round").symlink_to("round")
-    configs = {"taken": {"lr": 0.0005, "out": "runs", "name": "taken"}, "odd": {"nonsense": 3}, "list": {}}
+    configs = {
+        "taken": {"lr": 0.0005, "out": "runs", "name": "taken"},
+        "odd": {"nonsense": 3},
+        "list": {},
+    }
     for name, config in (configs | {"steep": {"lr": 7.0}}).items():
         (tmp_path / "runs" / name).mkdir(parents=True)
         write_config(tmp_path / "runs" / name, config)
@@ -409,9 +464,13 @@ def test_bad_arguments_end_in_one_line(flags, tmp_path, monkeypatch, capsys):
         run_command(train.main)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == ""
-    (line,) = [line for line in re.split("[\r\n]+", err) if line and "0/1" not in line]  # but for the bar
+    (line,) = [
+        line for line in re.split("[\r\n]+", err) if line and "0/1" not in line
+    ]  # but for the bar
     assert line.startswith("train.py: ") and BAD[flags] in line, err
-    assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts] == before
+    assert [
+        path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts
+    ] == before
 
 
 FINALIZER = """
@@ -434,14 +493,18 @@ run_command(main)
 
 def test_an_interrupt_within_a_finalizer_is_neither_lost_nor_a_traceback():
     start = time.time()
-    done = subprocess.run([sys.executable, "-c", FINALIZER], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FINALIZER], cwd=ROOT, capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "") and time.time() - start < 28
 
 
 @pytest.mark.parametrize("flags", ["--reward nonsense", "--model some/where"])
 def test_bad_arguments_end_the_process_with_code_2(flags, tmp_path):
     code, out, err = command("train.py", *flags.split(), cwd=tmp_path)
-    lines = [line for line in re.split("[\r\n]+", err) if line.strip() and "%|" not in line]  # but for bars
+    lines = [
+        line for line in re.split("[\r\n]+", err) if line.strip() and "%|" not in line
+    ]  # but for bars
     assert code == 2 and out == "" and len(lines) == 1 and BAD[flags] in lines[0], err
     assert not list(tmp_path.iterdir())
 
@@ -483,7 +546,11 @@ def test_tiny_models_can_be_rebuilt(tmp_path):
     # pictures of circles and squares in three colours, a few steps of every stage
     images, names = (
         [],
-        [f"{colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square")],
+        [
+            f"{colour} {shape}"
+            for colour in ("red", "green", "blue")
+            for shape in ("circle", "square")
+        ],
     )
     for name in names:
         colour, shape = name.split()
@@ -495,7 +562,9 @@ def test_tiny_models_can_be_rebuilt(tmp_path):
             )
             images.append(np.asarray(picture))
     index = {"concept": np.arange(12) // 2, "style": np.arange(12) % 2}
-    np.savez(tmp_path / "data.npz", images=images, concepts=names, styles=["large", "small"], **index)
+    np.savez(
+        tmp_path / "data.npz", images=images, concepts=names, styles=["large", "small"], **index
+    )
     for stage in ("tokenizer", "vae", "flow", "clip", "aesthetic"):
         options = ["--out", tmp_path, "--steps", 3, "--batch", 4, "--device", "cpu"]
         code, out, err = command("tiny/build.py", stage, *options, cwd=tmp_path)
@@ -505,7 +574,18 @@ def test_tiny_models_can_be_rebuilt(tmp_path):
         assert {k: w.shape for k, w in built.items()}.keys() == {
             k: w.shape for k, w in shipped.items()
         }.keys()
-    args = ["--model", tmp_path / "tiny-sd3", "--size", 64, "--steps", 2, "--prompt", "red circle", "--n", 1]
+    args = [
+        "--model",
+        tmp_path / "tiny-sd3",
+        "--size",
+        64,
+        "--steps",
+        2,
+        "--prompt",
+        "red circle",
+        "--n",
+        1,
+    ]
     code, out, err = command("sample.py", *args, cwd=tmp_path)
     assert code == 0, err
     assert Image.open(tmp_path / "sample.png").size == (136, 152)

@@ -21,7 +21,10 @@ def records(slope, reward):
         if reward == "aesthetic":  # harm begins after the second point
             change["clip"] = 0.1 if i < 3 else -0.5
         record = {"iteration": i, "images": 100 * i, "evaluations": 700 * i, "seconds": 3 * (i > 0)}
-        yield record | {"gain": slope * i, "change": {name: i * value for name, value in change.items()}}
+        yield record | {
+            "gain": slope * i,
+            "change": {name: i * value for name, value in change.items()},
+        }
 
 
 @pytest.fixture
@@ -35,7 +38,9 @@ def study(tmp_path, monkeypatch):
         made.append((flag["--name"], seed, "--resume" in command))
         folder.mkdir(parents=True, exist_ok=True)
         # a seed counts but in the tuning, where it would mislead if it were reported as well
-        slope = {"fast": 2, "slow": 1}[flag["--estimator"]] * float(flag["--lr"]) + 0.1 * (seed % 100)
+        slope = {"fast": 2, "slow": 1}[flag["--estimator"]] * float(flag["--lr"]) + 0.1 * (
+            seed % 100
+        )
         if flag["--reward"] == "aesthetic" and flag["--lr"] == "2.0":
             slope = -10  # too large a learning rate
         lines = map(json.dumps, records(slope, flag["--reward"]))
@@ -45,9 +50,13 @@ def study(tmp_path, monkeypatch):
         return SimpleNamespace(returncode=int(flag["--lr"] == "9"), stderr="first\ntrain.py: why")
 
     monkeypatch.setattr(compare.subprocess, "run", train)
-    monkeypatch.setattr(compare, "METHODS", {"ours": "--estimator fast", "theirs": "--estimator slow"})
+    monkeypatch.setattr(
+        compare, "METHODS", {"ours": "--estimator fast", "theirs": "--estimator slow"}
+    )
     monkeypatch.setattr(compare, "RATES", (1.0, 2.0))
-    monkeypatch.setattr(sys, "argv", ["compare.py", "--out", str(tmp_path / "runs"), "--seeds", "2"])
+    monkeypatch.setattr(
+        sys, "argv", ["compare.py", "--out", str(tmp_path / "runs"), "--seeds", "2"]
+    )
     return made
 
 
@@ -55,14 +64,20 @@ def test_the_table_says_what_the_runs_say(study, tmp_path):
     compare.main()
     # 4 trials with a seed of their own, and two rewards and two seeds of the two that are chosen
     assert len(study) == len(set(study)) == 4 + 2 * 2 * 2
-    assert [seed for _, seed, _ in study].count(100) == 4 and {seed for _, seed, _ in study} == {0, 1, 100}
+    assert [seed for _, seed, _ in study].count(100) == 4 and {seed for _, seed, _ in study} == {
+        0,
+        1,
+        100,
+    }
     lines = (tmp_path / "runs" / "methods.md").read_text().splitlines()
     assert lines[0] == "| --lr | 1.0 | 2.0 |"
     assert lines[2:4] == ["| ours | +4.00 | +0.00 |", "| theirs | +2.00 | +0.00 |"]
     assert {name for name, seed, _ in study if seed < 100 and "-lr-2" in name} == set()
     # ours gains 2 and 2.1 a point, theirs 1 and 1.1; clip falls after the second. To get to +1 ours needs
     # 1 / 2.05 points of 700
-    head = "| aesthetic | gain without harm | gain at the end | clip | diversity | evaluations to +1 |"
+    head = (
+        "| aesthetic | gain without harm | gain at the end | clip | diversity | evaluations to +1 |"
+    )
     assert head in lines
     spread = 0.4 / np.sqrt(2)  # of 8 and 8.4, the seeds less one
     ours = f"+4.10 ± {spread / 2:.2f} | +8.20 ± {spread:.2f} | -2.00 ± 0.00 | -0.040 | {700 / 2.05:,.0f}"
@@ -79,7 +94,9 @@ def test_the_table_says_what_the_runs_say(study, tmp_path):
 
 def test_the_frontier_is_labelled(study, tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(compare.plt.Figure, "savefig", lambda figure, *args, **how: figures.append(figure))
+    monkeypatch.setattr(
+        compare.plt.Figure, "savefig", lambda figure, *args, **how: figures.append(figure)
+    )
     compare.main()
     rows = np.array(figures[0].axes).reshape(2, 5)
     assert [axis.get_xlabel() for axis in rows[0]] == [
@@ -104,7 +121,9 @@ def test_the_cost_is_that_of_the_first_time():
     # of two points the gain is +1 half-way, and by then clip has fallen by half as much
     for clip, cheapness in ((-3.9, -10), (-4.1, -np.inf), (1, -10)):
         c = {"gain": [[0, 2]], "evaluations": [[0, 20]], "clip": [[0, clip]]}
-        assert compare.cheapness({name: np.array(values) for name, values in c.items()}) == cheapness
+        assert (
+            compare.cheapness({name: np.array(values) for name, values in c.items()}) == cheapness
+        )
     assert compare.cheapness({name: np.zeros((1, 2)) for name in c}) == -np.inf
 
 
@@ -134,7 +153,9 @@ def test_what_a_gain_costs_by_steps(study, tmp_path, monkeypatch):
     # at the rate of 1, twice as quick in tuning: 2 and 2.1 a point of 100 images and 700 evaluations; of two
     # seeds the second is the middle
     cells = [f"{k / 2:,.0f} ({k / 2.1:,.0f} to {k / 2:,.0f})" for k in (100, 700)]
-    assert lines[-2:] == [f"| ours, {n} | {cells[0]} | {cells[1]} | +0.1 (+0.0 to +0.1) |" for n in (3, 20)]
+    assert lines[-2:] == [
+        f"| ours, {n} | {cells[0]} | {cells[1]} | +0.1 (+0.0 to +0.1) |" for n in (3, 20)
+    ]
     assert (tmp_path / "runs" / "steps.png").stat().st_size > 5_000
     monkeypatch.setattr(compare, "GOAL", 80)
     compare.main()
@@ -142,7 +163,11 @@ def test_what_a_gain_costs_by_steps(study, tmp_path, monkeypatch):
 
 
 def test_never_is_later_than_all():
-    values = {(3.0, 2.0, 9.0): "3 (2 to 9)", (np.nan, 3.0, 2.0): "3 (2 to never)", (np.nan,): "never"}
+    values = {
+        (3.0, 2.0, 9.0): "3 (2 to 9)",
+        (np.nan, 3.0, 2.0): "3 (2 to never)",
+        (np.nan,): "never",
+    }
     assert all(compare.middle_and_ends(row, "{:.0f}") == text for row, text in values.items())
     assert compare.middle_and_ends([np.nan, 5.0, np.nan], "{:.0f}") == "never (5 to never)"
 
@@ -154,7 +179,9 @@ def test_train_takes_the_flags_of_every_run(tmp_path, monkeypatch):
     for flags in {*compare.METHODS.values(), *compare.OTHERS.values(), *steps}:
         flags += " --lr 0.0005" * ("--lr" not in flags)
         name = compare.folder(SimpleNamespace(out=tmp_path), flags, *compare.TUNED_ON).name
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags.split(), "--name", name, "--out", str(tmp_path)])
+        monkeypatch.setattr(
+            sys, "argv", ["train.py", *flags.split(), "--name", name, "--out", str(tmp_path)]
+        )
         args = train.parse_args()[0]
         # at least five points of every curve, the last at its end
         assert args.iterations % args.eval_every == 0 and args.iterations // args.eval_every >= 4

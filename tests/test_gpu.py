@@ -47,7 +47,16 @@ def run(tmp_path, monkeypatch):
 
     def train_on(device, *flags, name="run"):
         where = ["--device", device, "--prompts", str(tmp_path / "prompts.txt")]
-        command = ["train.py", *QUICK, *where, "--out", str(tmp_path / device), "--name", name, *flags]
+        command = [
+            "train.py",
+            *QUICK,
+            *where,
+            "--out",
+            str(tmp_path / device),
+            "--name",
+            name,
+            *flags,
+        ]
         monkeypatch.setattr(sys, "argv", [str(word) for word in command])
         with fake_gpu() if device == "cuda" else nullcontext():
             train.main()
@@ -62,7 +71,9 @@ def numbers(folder):
 
     def flat(name, value):
         if isinstance(value, dict):
-            return {k: v for key, part in value.items() for k, v in flat(f"{name} {key}", part).items()}
+            return {
+                k: v for key, part in value.items() for k, v in flat(f"{name} {key}", part).items()
+            }
         left_out = value is None or name.endswith(("seconds", "memory_mb", "jpeg_size"))
         return {} if left_out else {name: value}
 
@@ -106,8 +117,18 @@ def test_what_a_card_allows_gives_its_values(card):
     with card():
         a, x, number = torch.arange(3.0), torch.arange(3.0, device="cuda"), torch.tensor(2.0)
         i, j = torch.tensor([2, 0]), torch.tensor([2, 0], device="cuda")
-        assert x[i].tolist() == x[j].tolist() == x[[2, 0]].tolist() == x.index_select(0, j).tolist() == [2, 0]
-        assert (number * x + number).tolist() == torch.where(x < 0, number, 2 * x + 2).tolist() == [2, 4, 6]
+        assert (
+            x[i].tolist()
+            == x[j].tolist()
+            == x[[2, 0]].tolist()
+            == x.index_select(0, j).tolist()
+            == [2, 0]
+        )
+        assert (
+            (number * x + number).tolist()
+            == torch.where(x < 0, number, 2 * x + 2).tolist()
+            == [2, 4, 6]
+        )
         x[j], x[1] = number, 7
         assert x.tolist() == a.copy_(x).tolist() == [2, 7, 2] and a.device.type == "cpu"
         assert x.masked_fill(x > 3, number).sum().item() == 6 and x.to("cuda") is x and x.is_cuda
@@ -115,27 +136,60 @@ def test_what_a_card_allows_gives_its_values(card):
             assert made.device == x.device == torch.device("cuda:0")
         y, b = x.clone().requires_grad_(), a.clone().requires_grad_()
         (y**2 + b.to("cuda")).sum().backward()
-        assert y.grad.device == x.device and y.grad.tolist() == [4, 14, 4] and b.grad.tolist() == [1, 1, 1]
+        assert (
+            y.grad.device == x.device
+            and y.grad.tolist() == [4, 14, 4]
+            and b.grad.tolist() == [1, 1, 1]
+        )
 
 
 SETTINGS = {
     "rewards": ["--reward", "aesthetic + 0.1*clip", "--watch", ",".join(rewards.PROGRAMS)],
-    "options": ["--branches", "3", "--train-steps", "2", "--kl", "2", "--guidance", "2", "--checkpointing"],
+    "options": [
+        "--branches",
+        "3",
+        "--train-steps",
+        "2",
+        "--kl",
+        "2",
+        "--guidance",
+        "2",
+        "--checkpointing",
+    ],
     "spsa": ["--estimator", "spsa", "--directions", "2", "--layers", "all"],
     "central": ["--estimator", "central", "--coordinates", "2"],
     "fdfo_published": ["--estimator", f"{BASELINES}:fdfo_published", "--updates", "2"],
-    "flow_grpo": ["--estimator", f"{BASELINES}:flow_grpo", "--branches", "2", "--kl", "1", "--updates", "2"],
+    "flow_grpo": [
+        "--estimator",
+        f"{BASELINES}:flow_grpo",
+        "--branches",
+        "2",
+        "--kl",
+        "1",
+        "--updates",
+        "2",
+    ],
     "reinforce": ["--estimator", f"{BASELINES}:reinforce", "--train-steps", "1"],
     "awm": ["--estimator", f"{BASELINES}:awm", "--branches", "2"],
     "backprop": ["--estimator", f"{BASELINES}:backprop"],
     "reward_gradient": ["--estimator", f"{BASELINES}:reward_gradient"],
-    **{name: ["--checkpointing", "--guidance", 1 if name == "flux-schnell" else 2] for name in FAMILIES},
+    **{
+        name: ["--checkpointing", "--guidance", 1 if name == "flux-schnell" else 2]
+        for name in FAMILIES
+    },
 }
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_training_gives_the_numbers_of_the_cpu(run, folders, setting):  # noqa: F811
-    flags = ["--reward", "brightness", "--watch", "brightness", "--model", folders.get(setting, "tiny")]
+    flags = [
+        "--reward",
+        "brightness",
+        "--watch",
+        "brightness",
+        "--model",
+        folders.get(setting, "tiny"),
+    ]
     ours, theirs = (numbers(run(device, *flags, *SETTINGS[setting])) for device in ("cuda", "cpu"))
     # the same operations, but for the memory layout of some: most agree to a hundredth of a per cent, and
     # changes, small differences of large numbers, to half a per cent; on some CPUs to 1e-4 of rewards of 5
@@ -152,7 +206,18 @@ def test_a_run_is_saved_resumed_and_sampled_from(run, tmp_path, monkeypatch):
     pictures = []
     for device, lora in (("cuda", folder), ("cpu", whole)):
         picture = tmp_path / f"{device}.png"
-        where = ["--lora", lora, "--device", device, "--dtype", "float32", "--out", picture, "--n", "2"]
+        where = [
+            "--lora",
+            lora,
+            "--device",
+            device,
+            "--dtype",
+            "float32",
+            "--out",
+            picture,
+            "--n",
+            "2",
+        ]
         command = ["sample.py", "--prompt", "red apple", "--prompt", "sun", "--compare", *where]
         monkeypatch.setattr(sys, "argv", [str(word) for word in command])
         with fake_gpu() if device == "cuda" else nullcontext():
@@ -165,14 +230,20 @@ def misplace(monkeypatch, function, before, after):
     """Change some words of a function, everywhere where it is used."""
     function = inspect.unwrap(function)
     source = textwrap.dedent(inspect.getsource(function))
-    assert source.count(before) == 1, f"{function.__qualname__} has changed: {before!r} is not in it once"
+    assert source.count(before) == 1, (
+        f"{function.__qualname__} has changed: {before!r} is not in it once"
+    )
     names = dict(function.__globals__)
     exec(source.replace(before, after), names)
     monkeypatch.setattr(function, "__code__", inspect.unwrap(names[function.__name__]).__code__)
 
 
 # the mistake that every run on a GPU ended with: an index on the device of the noise, prompts on the CPU
-LOOKED_UP = fdflow.roll_out, "x[::branches], c,", "x[::branches], c[torch.arange(len(c), device=e.device)],"
+LOOKED_UP = (
+    fdflow.roll_out,
+    "x[::branches], c,",
+    "x[::branches], c[torch.arange(len(c), device=e.device)],",
+)
 LEFT_BEHIND = {
     "prompts": (train.main, "generator=draws).to(args.device)", "generator=draws)", "indices should be"),
     "embeddings": (Flow.conditioning, "tensor.to(self.device) for", "tensor for", "same device"),

@@ -115,13 +115,26 @@ class Service(BaseHTTPRequestHandler):
     def completion(self, mode, p, body):
         """The official answer: https://platform.openai.com/docs/api-reference/chat/object."""
         token = "Yes" if p > 0.5 else " no"
-        odds = {"Yes": 0.8 * p, " yes": 0.1 * p, "YES": 0.1 * p, "No": 0.9 - p * 0.9, " no": 0.1 - p * 0.1}
+        odds = {
+            "Yes": 0.8 * p,
+            " yes": 0.1 * p,
+            "YES": 0.1 * p,
+            "No": 0.9 - p * 0.9,
+            " no": 0.1 - p * 0.1,
+        }
         if mode == "refusal":
             token, odds = "I", {"I": 0.99, "Yes": 1e-6}
-        top = [{"token": k, "logprob": math.log(q), "bytes": list(k.encode())} for k, q in odds.items()]
+        top = [
+            {"token": k, "logprob": math.log(q), "bytes": list(k.encode())} for k, q in odds.items()
+        ]
         top = top[: body.get("top_logprobs", 0)]
         content = [
-            {"token": token, "logprob": math.log(max(odds.values())), "bytes": None, "top_logprobs": top}
+            {
+                "token": token,
+                "logprob": math.log(max(odds.values())),
+                "bytes": None,
+                "top_logprobs": top,
+            }
         ]
         token = token if mode != "refusal" else "I cannot judge people."
         logprobs = {"content": content} if body.get("logprobs") and mode != "silent" else None
@@ -180,7 +193,9 @@ def test_yes_is_a_probability_and_nothing_is_asked_twice(server):
     R = reward(greys(0, 0.2, 0.4, 1, 0.8, 0.6, 0.2), [*"abcdefb"])
     # the levels are those of 8 bits
     assert R.tolist() == pytest.approx([-1 + 0.2, 39, 79, 199.8 - 1, 159, 119, 39], abs=0.01)
-    assert sorted(text for _, _, text, _ in server.asked) == [f"Is it like {c}? (Yes - No)" for c in "abcdef"]
+    assert sorted(text for _, _, text, _ in server.asked) == [
+        f"Is it like {c}? (Yes - No)" for c in "abcdef"
+    ]
     assert {head for _, head, _, _ in server.asked} == {f"Bearer {KEY}"}
     assert server.together == 4  # five after the first, four at a time
     assert torch.equal(reward(greys(0, 0.2), ["a", "b"]), R[:2]) and len(server.asked) == 6
@@ -266,7 +281,9 @@ def test_a_wrong_address_shows_soon(server, monkeypatch):
         ("none", 2 + 5, 5, 80), ("silent", 1 + 5, 5, 80),
     ],
 )  # fmt: skip
-def test_a_service_that_cannot_do_all_is_asked_for_what_it_can(server, mode, asked, again, value, capfd):
+def test_a_service_that_cannot_do_all_is_asked_for_what_it_can(
+    server, mode, asked, again, value, capfd
+):
     """Where there are no logprobs, the share of yes in five answers; and no lesson is learned twice."""
     reward, one = judge(f"judge:{mode}")
     assert reward(greys(0.2), [""]).tolist() == pytest.approx([value])
@@ -281,7 +298,11 @@ def test_a_refusal_is_a_lost_reward_and_said_once(server, capfd):
     reward, _ = judge("judge:refusal")
     assert reward(greys(0.2, 0.3, 0.4), [""] * 3).isnan().all()
     err = capfd.readouterr().err
-    assert err.count("does not answer as asked: it says 'I cannot judge people.'") == 1 == err.count("\n")
+    assert (
+        err.count("does not answer as asked: it says 'I cannot judge people.'")
+        == 1
+        == err.count("\n")
+    )
 
 
 def tokens(*odds):
@@ -300,7 +321,13 @@ def tokens(*odds):
         ("1", tokens({"1": 0.5, "2": 0.5}), 1, 10, 1.5),
         ("0", tokens({"0": 0.5, "4": 0.5}), 0, 5, 2),
         ("85", tokens({"85": 0.5, "90": 0.25, "8": 0.25}), 0, 100, 260 / 3),
-        ("My rating: 3/5", tokens({"my": 1.0}, {"rating": 1.0}, {"": 1.0}, {"3": 0.5, "4": 0.5}), 1, 5, 3.5),
+        (
+            "My rating: 3/5",
+            tokens({"my": 1.0}, {"rating": 1.0}, {"": 1.0}, {"3": 0.5, "4": 0.5}),
+            1,
+            5,
+            3.5,
+        ),
         ("From 1 to 10: 7", [], 1, 10, 7),
         ("7.5 out of 10", tokens({"7": 0.5, "8": 0.5}, {"": 1.0}, {"5": 1.0}), 1, 10, 7.5),
         ("**6**", [], 1, 10, 6),
@@ -371,8 +398,12 @@ def start(server, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(lines[:24]))
 
     def start(*args, launcher=(), **variables):
-        small = "--pairs 4 --steps 2 --prompts prompts.txt --name run --iterations 3 --watch".split()
-        args = args if "--resume" in args else (*small, 'judge:fine:x1:"Is it red, or blue?"', *args)
+        small = (
+            "--pairs 4 --steps 2 --prompts prompts.txt --name run --iterations 3 --watch".split()
+        )
+        args = (
+            args if "--resume" in args else (*small, 'judge:fine:x1:"Is it red, or blue?"', *args)
+        )
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
         return subprocess.Popen(
             [sys.executable, *launcher, str(ROOT / "train.py"), *args], cwd=tmp_path, env=environment,
@@ -397,7 +428,9 @@ def finish(run, code):
 
 
 def records(folder):
-    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.ci
@@ -423,9 +456,14 @@ def test_a_killed_run_asks_nothing_twice(server, start, tmp_path):
 @pytest.mark.ci
 def test_a_run_stops_at_its_limit(server, start, tmp_path):
     out, err = finish(start("--reward", "judge:fine", "--max-requests", "24"), 2)
-    limit = "--max-requests is used up: each process may ask 24; mend this, then go on with --resume"
+    limit = (
+        "--max-requests is used up: each process may ask 24; mend this, then go on with --resume"
+    )
     assert err == f"train.py: {limit}" and not out and len(server.asked) == 24
-    assert [(r["iteration"], r["requests"]) for r in records(tmp_path / "runs")] == [(0, 12), (1, 20)]
+    assert [(r["iteration"], r["requests"]) for r in records(tmp_path / "runs")] == [
+        (0, 12),
+        (1, 20),
+    ]
     finish(start("--name", "run", "--resume"), 2)
     finish(start("--name", "run", "--resume", "--max-requests", "48"), 0)
     assert len(server.asked) == len(set(server.asked)) == 48
@@ -470,22 +508,31 @@ def test_processes_share_the_limit_and_the_answers(server, start, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     runs = tmp_path / "runs"
     # both images of a prompt in a batch, so that the pixels are the same however prompts are shared
-    run = start("--reward", "judge:fine:x1", "--max-requests", "28", "--batch", "2", launcher=torchrun)
+    run = start(
+        "--reward", "judge:fine:x1", "--max-requests", "28", "--batch", "2", launcher=torchrun
+    )
     _, err = run.communicate(timeout=120)
     assert (
         run.returncode
         and "--max-requests is used up: each process may ask 14" in err
         and len(server.asked) <= 28
     )
-    assert sorted(path.name for path in runs.glob("run/judge-*")) == ["judge-0.jsonl", "judge-1.jsonl"]
-    run = start("--name", "run", "--resume", "--max-requests", "60", "--iterations", "2", launcher=torchrun)
+    assert sorted(path.name for path in runs.glob("run/judge-*")) == [
+        "judge-0.jsonl",
+        "judge-1.jsonl",
+    ]
+    run = start(
+        "--name", "run", "--resume", "--max-requests", "60", "--iterations", "2", launcher=torchrun
+    )
     finish(run, 0)
     twice = len(server.asked) - len(set(server.asked))
     assert twice <= 2  # one that each waited for when they were stopped
     assert len(server.asked) - twice <= records(runs)[-1]["requests"] <= len(server.asked) + 2
     asked = len(server.asked)
     finish(start("--name", "run", "--resume"), 0)
-    assert len(server.asked) == asked  # the first evaluation again, whose twelve answers are in the two files
+    assert (
+        len(server.asked) == asked
+    )  # the first evaluation again, whose twelve answers are in the two files
 
 
 # ---- the real API
@@ -497,11 +544,16 @@ def test_the_service_of_these_tests_answers_as_the_official_package_reads(server
     from openai.types.chat import ChatCompletion
 
     talk = [
-        {"role": "user", "content": [{"image_url": {"url": PIXEL}}, {"type": "text", "text": "Is it red?"}]}
+        {
+            "role": "user",
+            "content": [{"image_url": {"url": PIXEL}}, {"type": "text", "text": "Is it red?"}],
+        }
     ]
     for mode, fields in (("fine", {"logprobs": True, "top_logprobs": 3}), ("silent", {"n": 2})):
         url = f"http://127.0.0.1:{server.server_port}/v1/chat/completions"
-        answer = requests.post(url, json={"model": mode, "messages": talk, **fields}, timeout=10).json()
+        answer = requests.post(
+            url, json={"model": mode, "messages": talk, **fields}, timeout=10
+        ).json()
         read = ChatCompletion.model_validate(answer, strict=True)
         assert len(read.choices) == fields.get("n", 1) and read.usage.total_tokens == 100
         assert mode == "silent" or len(read.choices[0].logprobs.content[0].top_logprobs) == 3
@@ -514,7 +566,12 @@ def save_llava(folder, answers, scale=0.3):
     vocab |= {a + b: len(vocab) + i for i, (a, b) in enumerate(merges)}
     tokenizer = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(image_size=56, patch_size=14, **small),
         text_config=transformers.LlamaConfig(vocab_size=len(tokenizer), **small),
@@ -530,7 +587,9 @@ def save_llava(folder, answers, scale=0.3):
         do_sample=True, eos_token_id=ids, pad_token_id=0, suppress_tokens=others
     )
     model.save_pretrained(folder)
-    template = "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}"
+    template = (
+        "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}"
+    )
     template += "{{ c.text }}{% endif %}{% endfor %}{% endfor %}"
     transformers.LlavaProcessor(
         transformers.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
@@ -544,7 +603,12 @@ def odds_of(folder, image, question, answers):
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
     processor = transformers.AutoProcessor.from_pretrained(folder)
     content = [{"type": "image", "image": to_pil(image)}, {"type": "text", "text": question}]
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    options = {
+        "add_generation_prompt": True,
+        "tokenize": True,
+        "return_dict": True,
+        "return_tensors": "pt",
+    }
     inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
     with torch.no_grad():
         logits = model(**inputs).logits[0, -1]
@@ -557,10 +621,22 @@ def transformers_serve(tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    url, command = f"http://127.0.0.1:{port}", [Path(sys.executable).with_name("transformers"), "serve"]
+    url, command = (
+        f"http://127.0.0.1:{port}",
+        [Path(sys.executable).with_name("transformers"), "serve"],
+    )
     with open(tmp_path / "serve.log", "w") as log:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--default-seed", "0"]
+        options = [
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--device",
+            "cpu",
+            "--default-seed",
+            "0",
+        ]
         server = subprocess.Popen([*command, *options], stdout=log, stderr=log, env=environment)
 
     def ready():
@@ -583,7 +659,9 @@ def test_transformers_serve_judges_a_run(transformers_serve, tmp_path):
     save_llava(tmp_path / "words", words)
     save_llava(tmp_path / "digits", digits)
     images = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    odds = torch.stack([odds_of(tmp_path / "words", image, "Is it red?", words)[0] for image in images])
+    odds = torch.stack(
+        [odds_of(tmp_path / "words", image, "Is it red?", words)[0] for image in images]
+    )
     both = torch.stack([images[odds.argmin()], images[odds.argmax()]])
     assert odds.max() - odds.min() > 0.4  # so it depends on the image
     R = Reward(f'judge:{tmp_path}/words:"Is it red?":n200')
@@ -594,7 +672,8 @@ def test_transformers_serve_judges_a_run(transformers_serve, tmp_path):
     assert one.answers.spent["requests"] == 1 + 2 * 200 and one.answers.spent["tokens"] > 401 * 16
     question = "How red, from 1 to 9?"
     likeliest = [
-        1 + odds_of(tmp_path / "digits", image, question, digits).argmax().item() for image in images
+        1 + odds_of(tmp_path / "digits", image, question, digits).argmax().item()
+        for image in images
     ]
     assert Reward(f'judge:{tmp_path}/digits:"{question}"')(images, [""] * 6).tolist() == likeliest
     assert len(set(likeliest)) > 1

@@ -100,7 +100,12 @@ def flux(guidance_embeds):
     )  # fmt: skip
 
 
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+BETAS = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
 
 
 def unet(cross, **options):
@@ -143,7 +148,9 @@ PIPELINES = {
     "flux-dev": lambda: flux(True),
     "sd-turbo": lambda: sd(diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing")),
     "sd1.5": lambda: sd(diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True)),
-    "sd2.1": lambda: sd(diffusers.DDIMScheduler(**BETAS, prediction_type="v_prediction", clip_sample=False)),
+    "sd2.1": lambda: sd(
+        diffusers.DDIMScheduler(**BETAS, prediction_type="v_prediction", clip_sample=False)
+    ),
     "sdxl-turbo": lambda: sdxl(
         diffusers.EulerAncestralDiscreteScheduler(**BETAS, timestep_spacing="trailing")
     ),
@@ -216,7 +223,9 @@ def test_images_are_those_of_the_pipeline(folders, name, steps, guidance, size):
     flow = make_flow(folders[name], ["unused", *PROMPTS], steps=steps, guidance=guidance, size=size)
     images = flow.images(torch.tensor([1, 2, 3]), seeds, batch=2)
     tokens = 1 if name == "tiny" else 512 if name == "flux-dev" else 256
-    theirs = pipeline_images(load_theirs(folders[name]), PROMPTS, seeds, steps, guidance, size, tokens)
+    theirs = pipeline_images(
+        load_theirs(folders[name]), PROMPTS, seeds, steps, guidance, size, tokens
+    )
     assert images.shape == theirs.shape and images.flatten(1).std(1).min() > 0.02
     assert (images[0] - images[1]).abs().mean() > 0.01
     # the same float32 operations in other batches: a hundredth of a pixel level of 1 / 255
@@ -257,13 +266,22 @@ def test_schedule_has_the_shift_of_the_pipeline(folders):
     assert times[-1] == 0 and len(times) == 5
 
 
-@pytest.mark.parametrize("name, guidance", [*((name, 1) for name in FAMILIES), ("sd3", 4), ("sdxl", 4)])
+@pytest.mark.parametrize(
+    "name, guidance", [*((name, 1) for name in FAMILIES), ("sd3", 4), ("sdxl", 4)]
+)
 def test_every_image_may_have_its_own_time(folders, name, guidance):
     flow = make_flow(folders[name], steps=3, guidance=guidance)
-    x, cond, times = flow.noise([0, 1, 2]), torch.tensor([2, 0, 1]), torch.tensor(flow.times)[[2, 0, 1]]
+    x, cond, times = (
+        flow.noise([0, 1, 2]),
+        torch.tensor([2, 0, 1]),
+        torch.tensor(flow.times)[[2, 0, 1]],
+    )
     with torch.no_grad():
         v = flow.velocity(x, times, cond)
-        alone = [flow.velocity(x[i : i + 1], flow.times[k], cond[i : i + 1]) for i, k in enumerate((2, 0, 1))]
+        alone = [
+            flow.velocity(x[i : i + 1], flow.times[k], cond[i : i + 1])
+            for i, k in enumerate((2, 0, 1))
+        ]
     # the same float32 operations, one image at a time
     torch.testing.assert_close(v, torch.cat(alone), rtol=1e-4, atol=1e-5 * v.abs().max().item())
     assert not torch.allclose(v[1], flow.velocity(x, flow.times[1], cond)[1], rtol=1e-2)
@@ -273,14 +291,20 @@ def test_every_image_may_have_its_own_time(folders, name, guidance):
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux-schnell", "sdxl"])
-def test_text_encoders_come_one_at_a_time_and_are_gone_before_the_network_moves(folders, name, monkeypatch):
+def test_text_encoders_come_one_at_a_time_and_are_gone_before_the_network_moves(
+    folders, name, monkeypatch
+):
     loaded, moved = {}, []
     module_to = torch.nn.Module.to
 
     def load(model, dtype, encoder=None):
-        assert not [kept for parts in loaded.values() for part in parts if (kept := part()) is not None]
+        assert not [
+            kept for parts in loaded.values() for part in parts if (kept := part()) is not None
+        ]
         pipe = load_pipeline(model, dtype, encoder)
-        parts = {key: part for key, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+        parts = {
+            key: part for key, part in pipe.components.items() if isinstance(part, torch.nn.Module)
+        }
         assert set(parts) == (
             {encoder} if encoder else {flows.FAMILIES[type(pipe).__name__].network_name, "vae"}
         )
@@ -289,7 +313,9 @@ def test_text_encoders_come_one_at_a_time_and_are_gone_before_the_network_moves(
         return pipe
 
     def to(module, *args, **options):
-        encoders = [key for key, parts in loaded.items() if any(part() is not None for part in parts)]
+        encoders = [
+            key for key, parts in loaded.items() if any(part() is not None for part in parts)
+        ]
         moved.append((type(module).__name__, len(encoders)))
         return module_to(module, *args, **options)
 
@@ -327,7 +353,9 @@ def test_many_embeddings_are_mapped_from_files_and_found_again(folders, tmp_path
     written = make()
     files = sorted((tmp_path / "cache").rglob("*"))[1:]
     encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    assert [file.name for file in files] == sorted(f"{name}-{i:06}.pt" for name in encoders for i in (0, 2))
+    assert [file.name for file in files] == sorted(
+        f"{name}-{i:06}.pt" for name in encoders for i in (0, 2)
+    )
     if Path("/proc/self/maps").exists():
         maps = Path("/proc/self/maps").read_text()
         assert all(str(file) in maps for file in files)
@@ -336,10 +364,20 @@ def test_many_embeddings_are_mapped_from_files_and_found_again(folders, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(flows.Flow, "run_encoder", forbid)
         again = make()
-        assert torch.equal(again.images(torch.arange(3), range(3)), written.images(torch.arange(3), range(3)))
-        assert not [part for part in again.pipe.components if "encoder" in part and getattr(again.pipe, part)]
+        assert torch.equal(
+            again.images(torch.arange(3), range(3)), written.images(torch.arange(3), range(3))
+        )
+        assert not [
+            part
+            for part in again.pipe.components
+            if "encoder" in part and getattr(again.pipe, part)
+        ]
         shutil.copytree(folders["sd3"], tmp_path / "other")
-        for change in ({"prompts": PROMPTS[::-1]}, {"dtype": "bfloat16"}, {"path": tmp_path / "other"}):
+        for change in (
+            {"prompts": PROMPTS[::-1]},
+            {"dtype": "bfloat16"},
+            {"path": tmp_path / "other"},
+        ):
             with pytest.raises(AssertionError):  # these are not the same embeddings
                 make(**change)
     files[0].write_bytes(files[0].read_bytes()[:100])
@@ -372,7 +410,9 @@ def test_embeddings_appear_whole_or_not_at_all_and_other_processes_wait(tmp_path
 def random_lora(flow, which="attention", seed=0):
     """A LoRA that changes the images."""
     generator = torch.Generator().manual_seed(seed)
-    lora = LoRA(flow.network, layers_named(flow.network, which), rank=4, alpha=8, generator=generator)
+    lora = LoRA(
+        flow.network, layers_named(flow.network, which), rank=4, alpha=8, generator=generator
+    )
     for layer in lora.layers.values():
         layer.B.data = 0.2 * torch.randn(layer.B.shape, generator=generator)
     return lora
@@ -391,7 +431,9 @@ def test_lora_loads_in_diffusers(folders, name, tmp_path):
             assert torch.equal(flow.images(cond, seeds), base)
         save_lora(lora, tmp_path / "lora.safetensors", flow.network_name)
         pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
-        theirs = pipeline_images(pipe, PROMPTS[:2], seeds, 4, 1.0, tokens=1 if name == "tiny" else 256)
+        theirs = pipeline_images(
+            pipe, PROMPTS[:2], seeds, 4, 1.0, tokens=1 if name == "tiny" else 256
+        )
         pipe.unload_lora_weights()
         # float32, but W x + B A x is summed in another order
         assert (theirs - changed).abs().max() < 1e-4
@@ -401,7 +443,9 @@ def test_lora_loads_in_diffusers(folders, name, tmp_path):
 
 
 def test_layers_are_those_named(folders):
-    networks = {name: make_flow(folders[name]).network for name in ("sd3", "flux-schnell", "sd-turbo")}
+    networks = {
+        name: make_flow(folders[name]).network for name in ("sd3", "flux-schnell", "sd-turbo")
+    }
 
     def names(family, which):
         return layers_named(networks[family], which)
@@ -422,7 +466,9 @@ def test_layers_are_those_named(folders):
         f"transformer_blocks.2.attn.{end}" for end in ("to_v", "to_out.0")
     ]
     modulation = [
-        f"transformer_blocks.{i}.{part}.linear" for i in range(3) for part in ("norm1", "norm1_context")
+        f"transformer_blocks.{i}.{part}.linear"
+        for i in range(3)
+        for part in ("norm1", "norm1_context")
     ]
     assert names("sd3", "modulation") == modulation
     assert set(names("sd3", "attention") + modulation) < set(names("sd3", "all"))
@@ -459,7 +505,12 @@ PEFT = {
 def test_lora_of_peft_loads_here(folders, kind, tmp_path):
     torch.manual_seed(0)
     pipe = load_theirs(folders["tiny"])
-    options = {"r": 3, "lora_alpha": 7, "target_modules": ["to_q", "to_out.0"], "init_lora_weights": False}
+    options = {
+        "r": 3,
+        "lora_alpha": 7,
+        "target_modules": ["to_q", "to_out.0"],
+        "init_lora_weights": False,
+    }
     base = pipeline_images(pipe, ["robot"], [3], 4, 1.0, tokens=1)
     pipe.transformer.add_adapter(peft.LoraConfig(**options | PEFT[kind]))
     pipe.transformer.eval()  # without dropout
@@ -557,7 +608,9 @@ BAD_CONFIGURATIONS = [
 ]
 
 
-def test_lora_files_that_cannot_be_applied_in_full_are_refused_in_one_line(folders, tmp_path, capfd):
+def test_lora_files_that_cannot_be_applied_in_full_are_refused_in_one_line(
+    folders, tmp_path, capfd
+):
     flow, path = make_flow(folders["tiny"]), tmp_path / "lora.safetensors"
     lora = random_lora(make_flow(folders["tiny"]))
     save_lora(lora, path, "transformer")
@@ -568,7 +621,9 @@ def test_lora_files_that_cannot_be_applied_in_full_are_refused_in_one_line(folde
         with pytest.raises(UserError) as error:
             load_lora(flow, path)
         flow.pipe.unload_lora_weights()
-        assert "\n" not in str(error.value) and f"{path} is no LoRA for this model: " in str(error.value)
+        assert "\n" not in str(error.value) and f"{path} is no LoRA for this model: " in str(
+            error.value
+        )
         return str(error.value)
 
     def configure(change):
@@ -587,7 +642,14 @@ def test_lora_files_that_cannot_be_applied_in_full_are_refused_in_one_line(folde
     for text in ("{", "1", '["a"]', "[" * 10**5, "{}", '{"transformer.lora_alpha": 4}'):
         save_file(good, path, {"lora_adapter_metadata": text})
         complaint()
-    for damaged in (b"", data[:100], data[:-1], b"PK\x03\x04", b"\xff" * 100, data[:8] + b"\xe9" + data[9:]):
+    for damaged in (
+        b"",
+        data[:100],
+        data[:-1],
+        b"PK\x03\x04",
+        b"\xff" * 100,
+        data[:8] + b"\xe9" + data[9:],
+    ):
         path.write_bytes(damaged)
         complaint()
     path.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
@@ -610,7 +672,9 @@ def test_lora_of_another_model_is_a_mistake_of_one_line(folders, tmp_path):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_lora_has_the_device_and_type_of_its_network(folders, name, device, tmp_path, without_onednn):
+def test_a_lora_has_the_device_and_type_of_its_network(
+    folders, name, device, tmp_path, without_onednn
+):
     flow, images = make_flow(folders[name], steps=2, guidance=1), []
     lora = random_lora(flow)
     save_lora(lora, tmp_path / "lora.safetensors", flow.network_name)
@@ -652,7 +716,9 @@ def test_training_changes_the_lora_and_nothing_else(folders, name, estimator):
     for seed in range(2):  # at the start A has no gradient, since B is zero
         optimizer.zero_grad()
         eps = flow.noise(range(4 * seed, 4 * seed + 4))
-        ESTIMATORS[estimator](problem, eps, torch.tensor([0, 1, 2, 0]), torch.Generator().manual_seed(seed))
+        ESTIMATORS[estimator](
+            problem, eps, torch.tensor([0, 1, 2, 0]), torch.Generator().manual_seed(seed)
+        )
         assert all(p.grad.isfinite().all() for p in lora.parameters)
         optimizer.step()
     changed = {
@@ -684,7 +750,9 @@ def test_a_pair_costs_its_steps_and_no_more(folders):
         calls.clear()
         fdfo(problem, flow.noise(range(pairs)), cond, torch.Generator().manual_seed(0), **options)
         assert calls == {False: forward * pairs, True: backward * pairs}
-        assert velocity.pop_count() == (forward + 3 * backward) * pairs and velocity.pop_count() == 0
+        assert (
+            velocity.pop_count() == (forward + 3 * backward) * pairs and velocity.pop_count() == 0
+        )
 
 
 @pytest.fixture
@@ -695,9 +763,13 @@ def without_onednn():
     torch.backends.mkldnn.set_flags(*before)
 
 
-@pytest.mark.parametrize("dtype, tolerance, aligned", [("bfloat16", 0.01, 0.99), ("float16", 0.001, 0.9999)])
+@pytest.mark.parametrize(
+    "dtype, tolerance, aligned", [("bfloat16", 0.01, 0.99), ("float16", 0.001, 0.9999)]
+)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_half_precision_is_float32_but_for_rounding(folders, name, dtype, tolerance, aligned, without_onednn):
+def test_half_precision_is_float32_but_for_rounding(
+    folders, name, dtype, tolerance, aligned, without_onednn
+):
     cond, images, grads, by_image = torch.tensor([0, 1]), [], [], []
     for kind in ("float32", dtype):
         guidance = 1 if name == "flux-schnell" else 2
@@ -725,13 +797,17 @@ def test_the_vae_computes_in_float32_where_float16_is_too_small_for_it(folders, 
     assert make_flow(folders["sd3"], dtype="float16").vae.dtype == torch.float32
     shutil.copytree(folders["sd3"], tmp_path / "sd3")
     config = json.loads((tmp_path / "sd3" / "vae" / "config.json").read_text())
-    (tmp_path / "sd3" / "vae" / "config.json").write_text(json.dumps(config | {"force_upcast": False}))
+    (tmp_path / "sd3" / "vae" / "config.json").write_text(
+        json.dumps(config | {"force_upcast": False})
+    )
     assert make_flow(tmp_path / "sd3", dtype="float16").vae.dtype == torch.float16
 
 
 def test_cards_without_bfloat16_compute_in_float16(monkeypatch):
     def default(native):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True: native
+        )
         names = ["steps", "size", "guidance", "dtype", "batch", "model"]
         args = argparse.Namespace(device="cuda:1", **dict.fromkeys(names))
         fill_defaults(args)
@@ -762,7 +838,9 @@ def test_checkpointing_gives_the_same_gradient(folders, name):
         flow = make_flow(folders[name], steps=2, guidance=1, size="64", checkpointing=checkpointing)
         assert flow.network.is_gradient_checkpointing == checkpointing
         lora = random_lora(flow)
-        problem = Problem(flow.velocity, lambda x, cond: x.mean((1, 2, 3)), lora, flow.times, batch=4)
+        problem = Problem(
+            flow.velocity, lambda x, cond: x.mean((1, 2, 3)), lora, flow.times, batch=4
+        )
         fdfo(problem, flow.noise([0, 1]), torch.tensor([0, 1]), torch.Generator().manual_seed(0))
         grads.append(torch.cat([p.grad.flatten() for p in lora.parameters]))
     assert grads[0].norm() > 0
@@ -786,11 +864,15 @@ def test_an_interrupt_of_a_compilation_shows_no_traceback(folders, monkeypatch):
     assert not [warning for warning in said if "Traceback" in str(warning.message)]
 
 
-@pytest.mark.parametrize("name", ["sd3", pytest.param("flux-schnell", marks=pytest.mark.ci), "sd-turbo"])
+@pytest.mark.parametrize(
+    "name", ["sd3", pytest.param("flux-schnell", marks=pytest.mark.ci), "sd-turbo"]
+)
 def test_compiled_blocks_are_whole_graphs_with_the_same_velocities(folders, name, monkeypatch):
     compiled, module_compile = [], torch.nn.Module.compile
 
-    def trace(module):  # without generating code, which takes minutes; a break in the graph is an error
+    def trace(
+        module,
+    ):  # without generating code, which takes minutes; a break in the graph is an error
         compiled.append(module)
         module_compile(module, backend="eager", fullgraph=True)
 
@@ -815,7 +897,16 @@ def test_train_and_sample_run_from_the_command_line(folders, name, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     small = ["--size", "64x96", "--steps", "2", "--guidance", "1", "--batch", "4"]
-    command = ["train.py", "--model", str(folders[name]), *small, "--reward", "brightness", "--name", "run"]
+    command = [
+        "train.py",
+        "--model",
+        str(folders[name]),
+        *small,
+        "--reward",
+        "brightness",
+        "--name",
+        "run",
+    ]
     command += ["--prompts", "prompts.txt", "--pairs", "4", "--iterations", "1", "--lr", "0.01"]
     monkeypatch.setattr(sys, "argv", command)
     train.main()
@@ -824,7 +915,9 @@ def test_train_and_sample_run_from_the_command_line(folders, name, tmp_path, mon
     assert last["images"] == 8 and last["drift"] > 0
     # the run folder says which model and size
     monkeypatch.setattr(
-        sys, "argv", ["sample.py", "--prompt", "robot", "--lora", "runs/run", "--compare", "--n", "1"]
+        sys,
+        "argv",
+        ["sample.py", "--prompt", "robot", "--lora", "runs/run", "--compare", "--n", "1"],
     )
     sample.main()
     assert (tmp_path / "sample.png").stat().st_size > 1000
@@ -846,7 +939,9 @@ def test_models_that_cannot_be_loaded_say_why(folders, tmp_path):
     assert "no file named model_index.json" in complaint(tmp_path / "empty")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
-    assert "is a KandinskyPipeline; known are StableDiffusion3Pipeline" in complaint(tmp_path / "other")
+    assert "is a KandinskyPipeline; known are StableDiffusion3Pipeline" in complaint(
+        tmp_path / "other"
+    )
     shutil.copytree(folders["sd-turbo"], tmp_path / "broken")
     (tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"1234")
     assert "is damaged or incomplete" in complaint(tmp_path / "broken")
@@ -864,10 +959,21 @@ def test_index_and_folder_of_a_model_may_hold_anything(folders, tmp_path):
         return str(error.value)
 
     index = tmp_path / "model_index.json"
-    for data in (b"[]", b"null", b"1", b"{", b"", b'{"_class_name": ["a"]}', b'{"a": "\xe9"}', b"{}"):
+    for data in (
+        b"[]",
+        b"null",
+        b"1",
+        b"{",
+        b"",
+        b'{"_class_name": ["a"]}',
+        b'{"a": "\xe9"}',
+        b"{}",
+    ):
         index.write_bytes(data)
         assert "known are" in complaint() or "is damaged" in complaint()
-    index.write_text('{"_class_name": "StableDiffusionPipeline", "unet": 1, "text_encoder": ["x", "Y"]}')
+    index.write_text(
+        '{"_class_name": "StableDiffusionPipeline", "unet": 1, "text_encoder": ["x", "Y"]}'
+    )
     assert "is damaged or incomplete" in complaint()
     shutil.copytree(folders["flux-dev"], tmp_path, dirs_exist_ok=True)
     for data in (b"[]", b"null", b"\xe9"):
@@ -925,7 +1031,9 @@ def test_a_folder_of_half_size_files_loads(folders, tmp_path):
     assert len(list((tmp_path / "half").glob("*/*.safetensors"))) == 4
     assert len(list((tmp_path / "both").glob("*/*.safetensors"))) == 8
     assert torch.equal(images["both"], images["full"])
-    assert 0 < (images["half"] - images["full"]).abs().mean() < 0.002  # the weights are rounded to 11 bits
+    assert (
+        0 < (images["half"] - images["full"]).abs().mean() < 0.002
+    )  # the weights are rounded to 11 bits
 
 
 def test_gated_models_say_what_to_do(monkeypatch):
@@ -935,7 +1043,9 @@ def test_gated_models_say_what_to_do(monkeypatch):
     monkeypatch.setattr(diffusers.configuration_utils, "hf_hub_download", refuse)
     monkeypatch.setattr(transformers.utils.hub, "hf_hub_download", refuse)
     for load in (lambda: make_flow("flux-dev"), lambda: Reward("clip", tiny=None)):
-        with pytest.raises(UserError, match="gated: accept its licence on the hub, then run `hf auth"):
+        with pytest.raises(
+            UserError, match="gated: accept its licence on the hub, then run `hf auth"
+        ):
             load()
 
 

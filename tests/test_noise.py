@@ -25,19 +25,25 @@ def half_random(problem, eps, cond, generator):
     backprop(problem, eps, cond)
     lengths = torch.cat([p.grad.flatten() for p in problem.lora.parameters])
     for p in problem.lora.parameters:
-        p.grad += 3 * lengths.norm() / len(lengths) ** 0.5 * torch.randn(p.shape, generator=generator)
+        p.grad += (
+            3 * lengths.norm() / len(lengths) ** 0.5 * torch.randn(p.shape, generator=generator)
+        )
     return len(eps)
 
 
 def test_the_cosine_of_what_is_known(monkeypatch, capsys):
     monkeypatch.setattr(noise, "EXACT", (backprop, 4, {}))
     methods = {"same": backprop, "opposite": opposite, "half random": half_random}
-    monkeypatch.setattr(noise, "METHODS", {name: (method, 4, {}) for name, method in methods.items()})
+    monkeypatch.setattr(
+        noise, "METHODS", {name: (method, 4, {}) for name, method in methods.items()}
+    )
     monkeypatch.setattr(sys, "argv", ["noise.py", "--steps", "1", "--estimates", "3"])
     noise.main()
     first, *lines = capsys.readouterr().out.splitlines()
     assert 0 < float(re.search(r"cosine of ([\d.]+)", first)[1]) < 1
-    found = {line[:22].strip(): [float(x) for x in re.findall(r"[-+]?\d\.\d+", line)] for line in lines}
+    found = {
+        line[:22].strip(): [float(x) for x in re.findall(r"[-+]?\d\.\d+", line)] for line in lines
+    }
     # that with its own mean, over the cosine of the mean, is larger than 1 for so few
     assert found["same"][0] > 1 and found["opposite"] == [-found["same"][0], found["same"][1]]
     assert found["half random"][0] == pytest.approx(found["same"][0] / 10**0.5, rel=0.05)

@@ -48,8 +48,12 @@ BATCHES = (1000, 7, 4, 1)
 
 def worker(rank, world, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world)
-    found = {(name, batch): gradient(e, batch) for name, e in ESTIMATORS.items() for batch in BATCHES}
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world
+    )
+    found = {
+        (name, batch): gradient(e, batch) for name, e in ESTIMATORS.items() for batch in BATCHES
+    }
     torch.save(found, folder / f"{world}-{rank}.pt")
     dist.destroy_process_group()
 
@@ -67,7 +71,10 @@ def test_neither_processes_nor_batch_change_the_gradient(tmp_path, world):
                 torch.testing.assert_close(other, alone, rtol=1e-9, atol=1e-11)
             assert set(images_of_others) == {images} and sum(shares) == images
             # even shares, of whole groups, directions of 3 groups, or coordinates of 12
-            assert max(shares) - min(shares) <= {"spsa": 6, "central": 24}.get(name, 0), (name, batch)
+            assert max(shares) - min(shares) <= {"spsa": 6, "central": 24}.get(name, 0), (
+                name,
+                batch,
+            )
 
 
 def test_too_many_processes_are_a_mistake(monkeypatch):
@@ -81,7 +88,17 @@ def test_too_many_processes_are_a_mistake(monkeypatch):
 
 def run(folder, *launcher):
     """The records of a short training run of the tiny model, with another number of processes each time."""
-    train = [ROOT / "train.py", "--reward", "colorfulness", "--pairs", "8", "--batch", "8", "--steps", "2"]
+    train = [
+        ROOT / "train.py",
+        "--reward",
+        "colorfulness",
+        "--pairs",
+        "8",
+        "--batch",
+        "8",
+        "--steps",
+        "2",
+    ]
     folder.mkdir()
     names = (ROOT / "tiny" / "prompts_train.txt").read_text().splitlines()
     (folder / "prompts.txt").write_text("\n".join(names[:60]))  # six of which are held out

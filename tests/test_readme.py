@@ -28,7 +28,9 @@ def block(words):
 def run(cwd, *command):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=250
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -71,7 +73,16 @@ def test_reward_and_estimator_of_ones_own_train(tmp_path):
     (tmp_path / "prompts.txt").write_text("sun\nrobot")
     small = "--prompts prompts.txt --pairs 4 --steps 2 --iterations 2 --watch brightness"
     run(tmp_path, ROOT / "train.py", "--reward", "mine.py:purple", *small.split())
-    options = ["--estimator", "evolve.py:evolution", "--sigma", "0.05", "--rank", "1", "--layers", "last"]
+    options = [
+        "--estimator",
+        "evolve.py:evolution",
+        "--sigma",
+        "0.05",
+        "--rank",
+        "1",
+        "--layers",
+        "last",
+    ]
     said = run(tmp_path, ROOT / "train.py", "--reward", "colorfulness", *options, *small.split())
     assert "16 images" in said
 
@@ -99,7 +110,10 @@ def test_the_service_scores(tmp_path):
     from PIL import Image
 
     Image.new("RGB", (8, 8), (200, 10, 10)).save(tmp_path / "red.png")
-    body = {"images": [base64.b64encode((tmp_path / "red.png").read_bytes()).decode()], "prompts": ["red"]}
+    body = {
+        "images": [base64.b64encode((tmp_path / "red.png").read_bytes()).decode()],
+        "prompts": ["red"],
+    }
     url = f"http://127.0.0.1:{names['server'].server_port}/score"
     answer = urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()))
     assert json.loads(answer.read()) == [200]

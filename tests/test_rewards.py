@@ -43,7 +43,9 @@ def test_programs_have_their_closed_forms():
     red = grey(0.0)
     red[:, 0] = 1.0
     # rg = 255, yb = 127.5 everywhere: no spread, 0.3 of the mean's length
-    assert Reward("colorfulness")(red, ["", ""]).tolist() == pytest.approx([0.3 * math.hypot(255, 127.5)] * 2)
+    assert Reward("colorfulness")(red, ["", ""]).tolist() == pytest.approx(
+        [0.3 * math.hypot(255, 127.5)] * 2
+    )
     half = red.clone()
     half[:, 0, :, :32] = 0  # half red, half black: spread of half the range, mean of half
     expected = 0.5 * math.hypot(255, 127.5) + 0.3 * 0.5 * math.hypot(255, 127.5)
@@ -53,7 +55,9 @@ def test_programs_have_their_closed_forms():
     assert Reward("sharpness")(grey(0.25), ["", ""]).abs().max() < 1e-3
     board = (torch.arange(64)[:, None] + torch.arange(64)) % 2
     # on a checkerboard of 0 and 1 the Laplacian is +-4, so its variance is (4 * 255)^2
-    assert Reward("sharpness")(board.float().expand(1, 3, 64, 64), [""]).item() == pytest.approx(1020**2)
+    assert Reward("sharpness")(board.float().expand(1, 3, 64, 64), [""]).item() == pytest.approx(
+        1020**2
+    )
 
 
 def test_edges_and_entropy_have_their_closed_forms():
@@ -95,7 +99,9 @@ def test_preprocessing_is_that_of_transformers(size, shape):
     clip.processor = processor
     smooth = torch.rand(1, 3, 20, 20, generator=torch.Generator().manual_seed(0))
     pixels = (F.interpolate(smooth, shape, mode="bicubic").clamp(0, 1) * 255).round().byte()
-    theirs = processor(Image.fromarray(pixels[0].permute(1, 2, 0).numpy()), return_tensors="pt").pixel_values
+    theirs = processor(
+        Image.fromarray(pixels[0].permute(1, 2, 0).numpy()), return_tensors="pt"
+    ).pixel_values
     ours = clip.pixels(pixels / 255)
     assert ours.shape == theirs.shape
     # PIL rounds to whole levels after each of its two passes: about one level of 1 / 255, over a std of 0.26
@@ -117,7 +123,10 @@ def test_clip_score_is_that_of_transformers():
         logits = model(**inputs).logits_per_image.diagonal()
     images = (images * 255).round() / 255
     torch.testing.assert_close(
-        Reward("clip")(images, prompts) / 100 * model.logit_scale.exp(), logits, rtol=1e-4, atol=1e-4
+        Reward("clip")(images, prompts) / 100 * model.logit_scale.exp(),
+        logits,
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 
@@ -141,11 +150,15 @@ def test_pickscore_is_the_formula_of_its_model(monkeypatch):
 
 
 def test_clip_and_aesthetic_share_one_embedding_until_the_images_change(monkeypatch, tmp_path):
-    (tmp_path / "mine.py").write_text("def f(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    (tmp_path / "mine.py").write_text(
+        "def f(images, prompts):\n    return images.mean((1, 2, 3))\n"
+    )
     reward = Reward(f"clip + {tmp_path}/mine.py:f + aesthetic")
     model, passes = reward.terms["clip"].model, []
     embed = model.get_image_features
-    monkeypatch.setattr(model, "get_image_features", lambda pixels: (passes.append(1), embed(pixels))[1])
+    monkeypatch.setattr(
+        model, "get_image_features", lambda pixels: (passes.append(1), embed(pixels))[1]
+    )
     images, prompts = torch.rand(2, 3, 64, 64), ["red apple", "robot"]
     before = reward(images, prompts)
     assert len(passes) == 1
@@ -193,9 +206,20 @@ def qwen(tmp_path_factory):
     tokenizer.add_special_tokens({"additional_special_tokens": marks})
     start, end, image, video = tokenizer.convert_tokens_to_ids(marks[2:])
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+    }
     text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": rope}
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+    }
     vision |= {"fullatt_block_indexes": [1], "window_size": 56}
     config = transformers.Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, image_token_id=image, video_token_id=video,
@@ -207,7 +231,9 @@ def qwen(tmp_path_factory):
         p.data += 0.1 * torch.randn(p.shape)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    transformers.Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 9).save_pretrained(folder)
+    transformers.Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 9).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -230,7 +256,9 @@ def test_vlm_is_the_probability_of_yes_over_no(qwen):
         with torch.no_grad():
             logits = vlm.model(**tokens, **vision).logits[0, -1]
         yes, no = (logits[vlm.tokenizer.convert_tokens_to_ids(word)] for word in ("Yes", "No"))
-        assert R.item() == pytest.approx(100 * (yes.exp() / (yes.exp() + no.exp())).item(), abs=1e-2)
+        assert R.item() == pytest.approx(
+            100 * (yes.exp() / (yes.exp() + no.exp())).item(), abs=1e-2
+        )
         # neither the others nor the padding matter
         assert reward(image[None], [prompt]).item() == pytest.approx(R.item(), abs=1e-2)
     assert together.std() > 0.1 and together.min() > 0 and together.max() < 100
@@ -267,7 +295,12 @@ def test_a_vlm_that_cannot_be_had_is_named(qwen, tmp_path):
 
 
 def test_ocr_counts_wrong_letters():
-    for a, b, distance in (("kitten", "sitting", 3), ("", "abc", 3), ("abc", "", 3), ("same", "same", 0)):
+    for a, b, distance in (
+        ("kitten", "sitting", 3),
+        ("", "abc", 3),
+        ("abc", "", 3),
+        ("same", "same", 0),
+    ):
         assert edit_distance(a, b) == distance
     texts = iter([("Open", "today"), ("opne", "TODAY"), None, ("anything",)])
     ocr = Ocr(lambda pixels: SimpleNamespace(txts=next(texts)))
@@ -294,7 +327,12 @@ class Service(BaseHTTPRequestHandler):
         status = {"broken": 500, "missing": 404, "redirect": 302}.get(mode, 200)
         if mode == "twice-down" and len(asked) <= 2:
             status = 503
-        wrong = {"short": R[1:], "text": "high", "words": ["a"] * len(R), "nan": [float("nan")] * len(R)}
+        wrong = {
+            "short": R[1:],
+            "text": "high",
+            "words": ["a"] * len(R),
+            "nan": [float("nan")] * len(R),
+        }
         text = json.dumps(wrong.get(mode, R)) + " " * (10**7 * (mode == "huge"))
         text = {"garbled": "{", "deep": "[" * 5000, "digits": f"[{'9' * 400}, 0]"}.get(mode, text)
         self.send_response(status)
@@ -381,7 +419,9 @@ def test_no_proxy_sees_the_images_for_this_machine(server, monkeypatch):
     server.asked = []
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Service) as proxy:  # a proxy that is closed right away
+    with ThreadingHTTPServer(
+        ("127.0.0.1", 0), Service
+    ) as proxy:  # a proxy that is closed right away
         for name in ("HTTP_PROXY", "http_proxy"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.server_port}")
     url = f"http://127.0.0.1:{server.server_port}/mean"
@@ -468,7 +508,9 @@ def test_lines_that_are_no_answers_are_asked_again(tmp_path):
         post(url, {"key": next_group(url)["key"], "choice": 1})
     thread.join(timeout=10)
     first, second = file.read_text().splitlines()
-    strange = [json.dumps(json.loads(second) | {"choice": choice}) for choice in (True, 1.0, 2, "1")]
+    strange = [
+        json.dumps(json.loads(second) | {"choice": choice}) for choice in (True, 1.0, 2, "1")
+    ]
     file.write_text("\n".join([first, *strange, "", "[]", "nonsense", second[:-9]]))
     url = (human := Human(branches=2, groups=2)).open(tmp_path)
     thread, results = ask(human, images, ["sun", "sun", "moon", "moon"])
@@ -521,11 +563,15 @@ def test_the_page_is_safe_from_other_pages_and_silent_callers(tmp_path, monkeypa
     head = b"POST /answer HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     monkeypatch.setattr(zoo.human.Handler, "timeout", 5)
     for length in (b"-1", b"1001", b"many", b""):  # answered without waiting for what does not come
-        with socket.create_connection(("127.0.0.1", int(url[:-1].rsplit(":")[-1])), timeout=2) as caller:
+        with socket.create_connection(
+            ("127.0.0.1", int(url[:-1].rsplit(":")[-1])), timeout=2
+        ) as caller:
             caller.sendall(head + b"Content-Length: " + length + b"\r\n\r\n")
             assert b" 400 " in caller.recv(100)
     monkeypatch.setattr(zoo.human.Handler, "timeout", 0.2)
-    with socket.create_connection(("127.0.0.1", int(url[:-1].rsplit(":")[-1])), timeout=2) as caller:
+    with socket.create_connection(
+        ("127.0.0.1", int(url[:-1].rsplit(":")[-1])), timeout=2
+    ) as caller:
         assert caller.recv(100) == b""  # hung up on, for saying nothing
 
 
@@ -533,7 +579,9 @@ def test_aesthetic_reads_the_published_layout(tmp_path, monkeypatch):
     widths = {0: (768, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
     linears = {i: nn.Linear(*width) for i, width in widths.items()}
     state = {
-        f"layers.{i}.{key}": w for i, linear in linears.items() for key, w in linear.state_dict().items()
+        f"layers.{i}.{key}": w
+        for i, linear in linears.items()
+        for key, w in linear.state_dict().items()
     }
     torch.save(state, tmp_path / "aesthetic-model.pth")
     x = torch.randn(3, 768)
@@ -541,7 +589,9 @@ def test_aesthetic_reads_the_published_layout(tmp_path, monkeypatch):
     for linear in linears.values():
         expected = linear(expected)
     monkeypatch.setattr(rewards, "downloaded", lambda hub_id, file: tmp_path / file)
-    monkeypatch.setattr(rewards, "load_clip", lambda *args: SimpleNamespace(embed_images=lambda images: x))
+    monkeypatch.setattr(
+        rewards, "load_clip", lambda *args: SimpleNamespace(embed_images=lambda images: x)
+    )
     torch.testing.assert_close(Aesthetic(None, "cpu")(None, None), expected[:, 0])
 
 
@@ -617,16 +667,22 @@ def test_bad_expressions_are_refused(text, complaint, monkeypatch):
 
 
 def test_long_expressions_and_large_numbers_have_a_value():
-    assert Reward("+".join(["brightness"] * 101))(grey(0.01), ["", ""]).tolist() == pytest.approx([101] * 2)
+    assert Reward("+".join(["brightness"] * 101))(grey(0.01), ["", ""]).tolist() == pytest.approx(
+        [101] * 2
+    )
     assert Reward("-" * 100 + "brightness")(grey(0.01), ["", ""]).tolist() == pytest.approx([1, 1])
-    assert Reward("1" + "0" * 22 + "*brightness")(grey(0.01), ["", ""]).tolist() == pytest.approx([1e22] * 2)
+    assert Reward("1" + "0" * 22 + "*brightness")(grey(0.01), ["", ""]).tolist() == pytest.approx(
+        [1e22] * 2
+    )
 
 
 @pytest.mark.parametrize(
     "numbers", ["[0, 3]", "(False, 3)", "torch.tensor([0, 3])", "torch.tensor([0, 3]).to_sparse()"]
 )
 def test_numbers_come_in_many_forms(tmp_path, numbers):
-    (tmp_path / "mine.py").write_text(f"import torch\n\ndef f(images, prompts):\n    return {numbers}\n")
+    (tmp_path / "mine.py").write_text(
+        f"import torch\n\ndef f(images, prompts):\n    return {numbers}\n"
+    )
     assert Reward(f"2*{tmp_path}/mine.py:f")(grey(0.5), ["", ""]).tolist() == [0, 6]
 
 
@@ -647,7 +703,11 @@ def test_bad_rewards_are_named(tmp_path, body, complaint):
     (tmp_path / "bad.py").write_text(f"def f(images, prompts):\n    {body}\n")
     with pytest.raises(UserError) as error:
         Reward(f"{tmp_path}/bad.py:f")(grey(0.5), ["", ""])
-    assert "bad.py:f" in str(error.value) and complaint in str(error.value) and "\n" not in str(error.value)
+    assert (
+        "bad.py:f" in str(error.value)
+        and complaint in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 @pytest.mark.parametrize("what", ["reward", "estimator"])
@@ -697,7 +757,9 @@ def test_a_reward_file_is_a_whole_module(tmp_path, monkeypatch):
     reward = Reward(f'2*({term} + "{folder}/mine.py":g)-brightness')
     assert list(reward.terms) == [term, f'"{folder}/mine.py":g', "brightness"]
     assert reward(grey(0.0), ["", ""]).tolist() == [4, 8]
-    pair = load_function("estimator", f"{folder}/mine.py:Pair")(3.0)  # a path by itself may be without quotes
+    pair = load_function("estimator", f"{folder}/mine.py:Pair")(
+        3.0
+    )  # a path by itself may be without quotes
     assert pickle.loads(pickle.dumps(pair)) == pair
 
 

@@ -19,14 +19,23 @@ LINES = {  # what a room may hold, docstrings and comments counted
     "models": 588, "zoo": 895, "support": 662, "studies": 1192,
 }  # fmt: skip
 # each imports what stands to its right; what stands together does not import each other
-ORDER = [{"exercises", "tests", "test_fdflow"}, {"studies"}, {"train", "sample"}, {"rewards", "models"}]
+ORDER = [
+    {"exercises", "tests", "test_fdflow"},
+    {"studies"},
+    {"train", "sample"},
+    {"rewards", "models"},
+]
 ORDER += [{"zoo"}, {"support"}, {"fdflow"}]
 
 
 def sources(room):
     """The Python and HTML files of a room."""
     path = ROOT / room
-    return [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.suffix in (".py", ".html")]
+    return (
+        [path]
+        if path.is_file()
+        else [p for p in sorted(path.rglob("*")) if p.suffix in (".py", ".html")]
+    )
 
 
 def imports(path):
@@ -40,9 +49,14 @@ def imports(path):
 
 
 def test_the_top_level_is_what_was_ordered():
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
     top = {name.split("/")[0] for name in listed if not name.startswith(".")}
-    assert not listed or top <= {*TOP.split(), *FOLDERS.split()}  # outside a checkout there is no list
+    assert not listed or top <= {
+        *TOP.split(),
+        *FOLDERS.split(),
+    }  # outside a checkout there is no list
     assert all((ROOT / name).exists() for name in TOP.split())
 
 

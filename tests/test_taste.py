@@ -59,7 +59,9 @@ def test_newton_finds_the_mode_of_autograd():
     slope = torch.autograd.functional.jacobian(minus_log_posterior, u)
     assert slope.abs().max() < 1e-8
     curvature = torch.autograd.functional.hessian(minus_log_posterior, u)
-    torch.testing.assert_close(H, curvature, rtol=1e-5, atol=1e-5)  # that of a step of under 1e-6 before
+    torch.testing.assert_close(
+        H, curvature, rtol=1e-5, atol=1e-5
+    )  # that of a step of under 1e-6 before
 
 
 def test_the_fit_is_the_posterior_on_a_grid():
@@ -129,8 +131,12 @@ def test_no_preference_pulls_to_the_middle():
     d, y = choices_of(torch.ones(4).double(), 100, g)
     fold = torch.arange(100) % 10
     assert fit(d, torch.full_like(y, 0.5), fold)[0].norm() < 1e-6
-    torch.testing.assert_close(fit(d, y, fold)[0], fit(-d, 1 - y, fold)[0])  # whichever is shown first
-    both = fit(torch.cat([d, d]), torch.cat([y, torch.full_like(y, 0.5)]), torch.cat([fold, fold]))[0]
+    torch.testing.assert_close(
+        fit(d, y, fold)[0], fit(-d, 1 - y, fold)[0]
+    )  # whichever is shown first
+    both = fit(torch.cat([d, d]), torch.cat([y, torch.full_like(y, 0.5)]), torch.cat([fold, fold]))[
+        0
+    ]
     assert 0 < both.norm() / fit(d, y, fold)[0].norm() < 0.8
 
 
@@ -196,15 +202,28 @@ def made(tmp_path_factory):
 
 def test_the_study_asks_learns_and_says_how_sure_it_is(made):
     folder, shown = made
-    names = ["best-and-worst.png", "config.json", "head.safetensors", "preferences", "preferences.jsonl"]
+    names = [
+        "best-and-worst.png",
+        "config.json",
+        "head.safetensors",
+        "preferences",
+        "preferences.jsonl",
+    ]
     assert [path.name for path in sorted(folder.iterdir())] == names
     assert shown["count"] == "choice 24 of 24" and shown["total"] == 24 and shown["number"] == 24
     assert 40 < shown["right"] <= 100 and 1 < shown["error"] < 15
     assert re.search(r"predicts \d+ ± \d+ % of other choices", shown["note"])
     assert len(list((folder / "preferences").iterdir())) == 24
-    pictures = [torch.tensor(np.array(Image.open(path))) / 255 for path in (folder / "preferences").iterdir()]
+    pictures = [
+        torch.tensor(np.array(Image.open(path))) / 255
+        for path in (folder / "preferences").iterdir()
+    ]
     pairs = (
-        torch.stack(pictures).permute(0, 3, 1, 2).unflatten(3, (2, 64)).permute(0, 3, 1, 2, 4).flatten(0, 1)
+        torch.stack(pictures)
+        .permute(0, 3, 1, 2)
+        .unflatten(3, (2, 64))
+        .permute(0, 3, 1, 2, 4)
+        .flatten(0, 1)
     )
     R = Reward(f"taste:{folder}")(pairs, [""] * 48)
     assert R.mean().abs() < 1e-3  # 0 is the mean of what was seen
@@ -223,10 +242,15 @@ def test_a_study_goes_on_from_what_is_on_disk(tmp_path, monkeypatch, capsys):
     pictures = sorted((folder / "preferences").iterdir())
     pictures[0].write_bytes(pictures[0].read_bytes()[:500])
     shown = run_study(monkeypatch, tmp_path, "--choices", "13", count=11)
-    assert shown["count"] == "choice 13 of 13" and f"{pictures[0].name} is damaged" in capsys.readouterr().err
+    assert (
+        shown["count"] == "choice 13 of 13"
+        and f"{pictures[0].name} is damaged" in capsys.readouterr().err
+    )
     assert len(json.loads((folder / "config.json").read_text())["size"]) == 2
     before = load_file(folder / "head.safetensors")["weight"]
-    run_study(monkeypatch, tmp_path, "--choices", "13")  # has enough: asks nothing, and fits the same
+    run_study(
+        monkeypatch, tmp_path, "--choices", "13"
+    )  # has enough: asks nothing, and fits the same
     torch.testing.assert_close(load_file(folder / "head.safetensors")["weight"], before)
     with pytest.raises(UserError, match="was made with --steps 1"):
         run_study(monkeypatch, tmp_path, "--steps", "2")
@@ -243,7 +267,14 @@ def test_answers_of_a_run_are_fitted(tmp_path, monkeypatch, capsys):
     threading.Thread(target=human, args=(images, ["sun"] * 36), daemon=True).start()
     person(url, 11)
     person(url, 1, prefers=lambda images: torch.zeros(3))
-    config = {"model": "tiny", "steps": 4, "guidance": 1, "size": "16", "prompts": None, "reward": "human"}
+    config = {
+        "model": "tiny",
+        "steps": 4,
+        "guidance": 1,
+        "size": "16",
+        "prompts": None,
+        "reward": "human",
+    }
     (run / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(study, "load_flow", None)  # nothing is drawn
     for _ in range(2):  # the second adds nothing
@@ -251,7 +282,9 @@ def test_answers_of_a_run_are_fitted(tmp_path, monkeypatch, capsys):
         study.main()
         assert "12 choices" in capsys.readouterr().out
     made = study.Choices(tmp_path / "mine", load_clip(TINY, "cpu"), 16)
-    assert [y for _, y, _ in made.rows].count(1.0) == 22 and [y for _, y, _ in made.rows].count(0.5) == 3
+    assert [y for _, y, _ in made.rows].count(1.0) == 22 and [y for _, y, _ in made.rows].count(
+        0.5
+    ) == 3
     R = Reward(f"taste:{tmp_path / 'mine'}")(images, [""] * 36).view(12, 3)
     best = aesthetic(images).view(12, 3).argmax(1)
     assert (R.argmax(1) == best).sum() >= 9
@@ -276,12 +309,19 @@ def test_a_taste_is_a_reward_like_others(made):
 
 def test_the_held_out_record_has_the_error_over_choices(made):
     """It is that of the mean change in the embeddings; for the base model, which did not change, it is 0."""
-    name, settings = f"taste:{made[0]}", "model size guidance device dtype batch compile checkpointing"
+    name, settings = (
+        f"taste:{made[0]}",
+        "model size guidance device dtype batch compile checkpointing",
+    )
     args = argparse.Namespace(**dict.fromkeys(settings.split()), steps=1)
     prompts = read_prompts(TINY / "prompts_test.txt")[:6]
     flow = load_flow(fill_defaults(args), args, prompts)
     lora = LoRA(flow.network, layers_named(flow.network, "modulation"), 4)
-    reward, watched, embed = Reward("brightness"), Reward(f"0.5*{name}"), load_clip(TINY, "cpu").embed_images
+    reward, watched, embed = (
+        Reward("brightness"),
+        Reward(f"0.5*{name}"),
+        load_clip(TINY, "cpu").embed_images,
+    )
     held_out = HeldOut(flow, 6, reward, [watched], embed, 64, seed=0)
     assert held_out()[1]["change_se_choices"] == {name: 0}
     before = flow.images(held_out.cond, held_out.seeds)
@@ -304,12 +344,19 @@ def test_estimators_that_differentiate_take_a_taste(made, estimator, tmp_path, m
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("sun\nrobot\n")
     small = "--prompts prompts.txt --pairs 2 --steps 1 --iterations 1 --watch brightness --name x"
-    flags = ["--estimator", f"{ROOT}/studies/baselines.py:{estimator}", "--reward", f"taste:{made[0]}"]
+    flags = [
+        "--estimator",
+        f"{ROOT}/studies/baselines.py:{estimator}",
+        "--reward",
+        f"taste:{made[0]}",
+    ]
     monkeypatch.setattr(sys, "argv", ["train.py", *flags, *small.split()])
     monkeypatch.setattr("support.run.signal.signal", lambda *args: None)
     train.main()
     last = json.loads(Path("runs/x/metrics.jsonl").read_text().splitlines()[-1])
-    assert last["grad_norm"] > 0 and last["drift"] > 0 and "held-out taste:" in capsys.readouterr().out
+    assert (
+        last["grad_norm"] > 0 and last["drift"] > 0 and "held-out taste:" in capsys.readouterr().out
+    )
 
 
 def test_what_is_no_taste_is_refused_in_one_line(made, tmp_path, capsys):
@@ -332,7 +379,10 @@ def test_what_is_no_taste_is_refused_in_one_line(made, tmp_path, capsys):
         file.write_bytes(data)
         refused("is damaged")
     damages = [(tensors, None), (tensors, {"taste": "[]"}), (tensors, {"taste": "{}"})]
-    damages += [(tensors | {"weight": torch.full((128,), torch.nan)}, tag), ({"weight": torch.ones(2)}, tag)]
+    damages += [
+        (tensors | {"weight": torch.full((128,), torch.nan)}, tag),
+        ({"weight": torch.ones(2)}, tag),
+    ]
     damages += [(tensors | {"covariance": torch.ones(128, 2)}, tag)]
     for wrong, metadata in damages:
         save_file(wrong, file, metadata)
@@ -354,7 +404,12 @@ def test_what_is_no_taste_is_refused_in_one_line(made, tmp_path, capsys):
 
 def start(*command, cwd):
     """A command of ours in a process of its own, and the address of the page that it names."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     run = subprocess.Popen(
         [sys.executable, *command], cwd=cwd, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -403,7 +458,8 @@ def test_a_person_teaches_a_taste_in_a_browser_and_trains_with_it(tmp_path):
     screenshots = Path(os.environ.get("SCREENSHOTS", tmp_path))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-background-networking"]
+            executable_path=shutil.which("chromium"),
+            args=["--no-sandbox", "--disable-background-networking"],
         )
 
         def open_page(number, width=1280, height=800):

@@ -40,7 +40,9 @@ BATCH = {"vae": 192, "flow": 1024, "clip": 1024, "aesthetic": 512}
 def on_white(picture):
     """A PIL picture as uint8 [64, 64, 3] on white."""
     picture = picture.convert("RGBA").resize((64, 64), Image.Resampling.LANCZOS)
-    return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"))
+    return np.asarray(
+        Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    )
 
 
 def png_reader(folder):
@@ -62,7 +64,11 @@ def svg_reader(folder):
         name = icons.get("aliases", {}).get(name, {}).get("parent", name)
         if name not in icons["icons"]:
             return None
-        icon = {"width": icons.get("width", 32), "height": icons.get("height", 32), **icons["icons"][name]}
+        icon = {
+            "width": icons.get("width", 32),
+            "height": icons.get("height", 32),
+            **icons["icons"][name],
+        }
         spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
         svg = f'<svg {spaces} viewBox="0 0 {icon["width"]} {icon["height"]}">{icon["body"]}</svg>'
         png = resvg_py.svg_to_bytes(svg_string=svg, width=256, height=256)
@@ -72,10 +78,8 @@ def svg_reader(folder):
 
 
 # Unicode's groups, less what is text or comes in many near copies; of the symbols only a few plain shapes
-GROUPS = (
-    "Smileys & Emotion,People & Body,Animals & Nature,Food & Drink,Travel & Places,Activities,Objects".split(
-        ","
-    )
+GROUPS = "Smileys & Emotion,People & Body,Animals & Nature,Food & Drink,Travel & Places,Activities,Objects".split(
+    ","
 )
 SHAPES = re.compile(
     r"^(red|orange|yellow|green|blue|purple|brown|black) (circle|square)$"
@@ -103,7 +107,9 @@ def build_data(args):
             continue
         code = "-".join(f"{ord(c):x}" for c in emoji if c != "\ufe0f")
         found = [
-            (s, picture) for s, read in enumerate(readers.values()) if (picture := read(code)) is not None
+            (s, picture)
+            for s, read in enumerate(readers.values())
+            if (picture := read(code)) is not None
         ]
         if len(found) >= 2:
             images += [picture for _, picture in found]
@@ -114,7 +120,10 @@ def build_data(args):
         args.data, images=images, concept=concept, style=style, concepts=names, styles=list(readers)
     )
     held_out = set(random.Random(0).sample(names, len(names) // 10))
-    for file, chosen in (("train", [n for n in names if n not in held_out]), ("test", sorted(held_out))):
+    for file, chosen in (
+        ("train", [n for n in names if n not in held_out]),
+        ("test", sorted(held_out)),
+    ):
         (args.out / f"prompts_{file}.txt").write_text("".join(f"{name}\n" for name in chosen))
 
 
@@ -142,11 +151,15 @@ class Data:
         """Token ids [n, 16] of the names, two in five with their style: "red apple, noto"."""
         names = [self.concepts[c] for c in self.concept[index]]
         styles = [f", {self.styles[s]}" if random.random() < 0.4 else "" for s in self.style[index]]
-        return tokenize(tokenizer, [name + s for name, s in zip(names, styles)]).to(self.images.device)
+        return tokenize(tokenizer, [name + s for name, s in zip(names, styles)]).to(
+            self.images.device
+        )
 
 
 def tokenize(tokenizer, texts):
-    options = dict(padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+    options = dict(
+        padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+    )
     return tokenizer(texts, **options).input_ids
 
 
@@ -160,7 +173,9 @@ def train(name, args, parameters, lr, loss_of, weight_decay=0.01):
     average = [p.detach().clone() for p in parameters]
     steps = args.steps or STEPS[name]
     for step in (bar := trange(steps, desc=name)):
-        scale = min(1, (step + 1) / 300) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        scale = min(1, (step + 1) / 300) * (
+            0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps))
+        )
         optimizer.param_groups[0]["lr"] = lr * scale
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
             loss = loss_of(args.batch or BATCH[name])
@@ -191,13 +206,19 @@ def build_tokenizer(args):
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), byte_level])
-    options = dict(vocab_size=2048, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False)
+    options = dict(
+        vocab_size=2048, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(data.concepts * 2 + data.styles * 50, trainers.BpeTrainer(**options))
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     merges = merges[: 2048 - 2 * len(alphabet) - 2]
     tokens = alphabet + [a + "</w>" for a in alphabet] + ["".join(merge) for merge in merges]
-    vocabulary = {t: i for i, t in enumerate(dict.fromkeys(tokens + ["<|startoftext|>", "<|endoftext|>"]))}
-    tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+    vocabulary = {
+        t: i for i, t in enumerate(dict.fromkeys(tokens + ["<|startoftext|>", "<|endoftext|>"]))
+    }
+    tokenizer = transformers.CLIPTokenizer(
+        vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS
+    )
     for folder in (args.out / "tiny-sd3" / "tokenizer", args.out / "tiny-sd3" / "tokenizer_2"):
         tokenizer.save_pretrained(folder)
         tokenizer.backend_tokenizer.model.save(
@@ -210,7 +231,9 @@ def load_tokenizer(args):
 
 
 def special_tokens(tokenizer):
-    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
 
 
 def edges(x):
@@ -239,7 +262,9 @@ def build_vae(args):
         # a little more noise than the posterior's, so that the decoder forgives imperfect latents
         extra = 0.1 * torch.rand(n, 1, 1, 1, device=x.device) * posterior.mean.detach().std()
         y = vae.decode(posterior.sample() + extra * torch.randn_like(posterior.mean)).sample
-        reconstruction = sum(difference(F.avg_pool2d(x, k), F.avg_pool2d(y, k)) / k for k in (1, 2, 4))
+        reconstruction = sum(
+            difference(F.avg_pool2d(x, k), F.avg_pool2d(y, k)) / k for k in (1, 2, 4)
+        )
         return reconstruction + 3e-4 * posterior.kl().mean() / posterior.mean[0].numel()
 
     train("vae", args, vae.parameters(), 2e-3, loss_of, weight_decay=0.0)
@@ -264,7 +289,9 @@ def encode(vae, data):
 
 def load_vae(args):
     """The trained VAE, frozen."""
-    vae = diffusers.AutoencoderKL.from_pretrained(args.out / "tiny-sd3" / "vae", dtype=torch.float32)
+    vae = diffusers.AutoencoderKL.from_pretrained(
+        args.out / "tiny-sd3" / "vae", dtype=torch.float32
+    )
     return vae.to(args.device).eval().requires_grad_(False)
 
 
@@ -304,10 +331,14 @@ def build_flow(args):
         text = F.pad(text, (0, 0, 0, random.choice([0, 1, 1, PAD_TOKENS, 64])))
         pooled = torch.cat([output.text_embeds for output in outputs], -1)
         # logit-normal times as in SD3, a quarter of them uniform for the ends
-        t = torch.where(torch.rand(n) < 0.75, torch.randn(n).sigmoid(), torch.rand(n)).to(args.device)
+        t = torch.where(torch.rand(n) < 0.75, torch.randn(n).sigmoid(), torch.rand(n)).to(
+            args.device
+        )
         eps = torch.randn_like(z[index])
         x = (1 - t.view(-1, 1, 1, 1)) * z[index] + t.view(-1, 1, 1, 1) * eps
-        v = transformer(x, timestep=1000 * t, encoder_hidden_states=text, pooled_projections=pooled).sample
+        v = transformer(
+            x, timestep=1000 * t, encoder_hidden_states=text, pooled_projections=pooled
+        ).sample
         return F.mse_loss(v.float(), eps - z[index])
 
     train("flow", args, [*encoders.parameters(), *transformer.parameters()], 1.5e-3, loss_of)
@@ -331,7 +362,8 @@ def damage(x, z, vae):
         [(1 - b) * z + b * torch.randn_like(z), torch.where(coarse < b / 2, z.roll(1, 0), z)]
     )
     decoded = [
-        vae.decode(latent / vae.config.scaling_factor + vae.config.shift_factor).sample for latent in latents
+        vae.decode(latent / vae.config.scaling_factor + vae.config.shift_factor).sample
+        for latent in latents
     ]
     small = F.interpolate(F.interpolate(x, size=12, mode="area"), size=64, mode="bicubic")
     hidden = F.interpolate(coarse, size=64, mode="bicubic") < b / 2
@@ -383,7 +415,9 @@ def build_clip(args):
     clip.save_pretrained(folder)
     shutil.copytree(args.out / "tiny-sd3" / "tokenizer", folder, dirs_exist_ok=True)
     size = {"height": 64, "width": 64}
-    options = dict(size=size, crop_size=size, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    options = dict(
+        size=size, crop_size=size, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
     transformers.CLIPImageProcessor(**options).save_pretrained(folder)
 
 
@@ -403,7 +437,9 @@ def build_aesthetic(args):
     z = (encode(vae, data) - vae.config.shift_factor) * vae.config.scaling_factor
     clip = transformers.CLIPModel.from_pretrained(args.out / "tiny-clip").to(args.device).eval()
     absent = {"text_encoder_3": None, "tokenizer_3": None}
-    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(args.out / "tiny-sd3", **absent).to(args.device)
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(args.out / "tiny-sd3", **absent).to(
+        args.device
+    )
     pipe.set_progress_bar_config(disable=True)
     pictures, quality = [], []
     with torch.no_grad():
@@ -415,7 +451,13 @@ def build_aesthetic(args):
             ):
                 pictures.append(x)
                 quality.append(q.to(args.device))
-        for steps, guidance, q in ((2, 1, 0.15), (4, 1, 0.3), (10, 1, 0.45), (10, 2, 0.62), (16, 4, 0.75)):
+        for steps, guidance, q in (
+            (2, 1, 0.15),
+            (4, 1, 0.3),
+            (10, 1, 0.45),
+            (10, 2, 0.62),
+            (16, 4, 0.75),
+        ):
             names = random.sample(data.concepts, min(64, len(data.concepts)))
             options = dict(num_inference_steps=steps, guidance_scale=guidance, height=64, width=64)
             images = pipe(names, **options, max_sequence_length=1, output_type="pt").images
@@ -433,7 +475,8 @@ def build_aesthetic(args):
     train("aesthetic", args, head.parameters(), 3e-3, loss_of)
     (args.out / "tiny-aesthetic").mkdir(exist_ok=True)
     save_file(
-        {k: w.cpu() for k, w in head.state_dict().items()}, args.out / "tiny-aesthetic" / "model.safetensors"
+        {k: w.cpu() for k, w in head.state_dict().items()},
+        args.out / "tiny-aesthetic" / "model.safetensors",
     )
 
 
@@ -446,9 +489,13 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stage", choices=stages)
-    parser.add_argument("--out", type=Path, default="build", help="folder for the models (default build)")
+    parser.add_argument(
+        "--out", type=Path, default="build", help="folder for the models (default build)"
+    )
     parser.add_argument("--data", type=Path, help="the pictures (default OUT/data.npz)")
-    parser.add_argument("--npm", type=Path, default="node_modules", help="data: folder of the npm packages")
+    parser.add_argument(
+        "--npm", type=Path, default="node_modules", help="data: folder of the npm packages"
+    )
     parser.add_argument("--steps", type=int, help=f"training steps (default {STEPS})")
     parser.add_argument("--batch", type=int, help=f"pictures a step (default {BATCH})")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -32,7 +32,13 @@ class Http:
     """
 
     def __init__(self, url, timeout=60, attempts=6, pause=1, most=1_000_000):
-        self.url, self.timeout, self.attempts, self.pause, self.most = url, timeout, attempts, pause, most
+        self.url, self.timeout, self.attempts, self.pause, self.most = (
+            url,
+            timeout,
+            attempts,
+            pause,
+            most,
+        )
         try:
             requests.Request("POST", url).prepare()
             host = urlsplit(url).hostname
@@ -49,7 +55,9 @@ class Http:
         try:
             return json.loads(answer)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"reward {self.url} did not answer with JSON: {first_line(error)}") from error
+            raise UserError(
+                f"reward {self.url} did not answer with JSON: {first_line(error)}"
+            ) from error
 
     def ask(self, body):
         """What `post` returns; asked again after an error of requests. UserError after the last attempt."""
@@ -61,7 +69,10 @@ class Http:
                 except multiprocessing.TimeoutError:
                     reason, wait = f"timed out after {self.timeout} s", 0
                 except requests.RequestException as error:
-                    reason, wait = first_line(error).rpartition("Caused by ")[2], retry_after(error.response)
+                    reason, wait = (
+                        first_line(error).rpartition("Caused by ")[2],
+                        retry_after(error.response),
+                    )
             if attempt >= self.attempts:
                 raise UserError(f"{self.name} did not answer, {attempt} times: {reason}")
             # by chance, so that not all who ask do so again at the same time
@@ -94,5 +105,9 @@ def retry_after(response):
     """How many seconds a response says to wait, as a number or a date; 0 if it does not."""
     header = getattr(response, "headers", {}).get("Retry-After", "")
     with suppress(ValueError, TypeError, OverflowError):
-        return int(header) if header.isdigit() else parsedate_to_datetime(header).timestamp() - time.time()
+        return (
+            int(header)
+            if header.isdigit()
+            else parsedate_to_datetime(header).timestamp() - time.time()
+        )
     return 0

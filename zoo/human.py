@@ -88,7 +88,13 @@ class Human:
         """What the page is to show, as JSON, or None while there is nothing to compare."""
         for group, _ in list(self.waiting.values()):
             number, answered = len(self.answers) % self.groups + 1, len(self.answers)
-            return {**group, "number": number, "total": self.groups, "answered": answered, **self.more}
+            return {
+                **group,
+                "number": number,
+                "total": self.groups,
+                "answered": answered,
+                **self.more,
+            }
 
     def answer(self, key, choice):
         """Write an answer down; a group that is not waiting, or no longer, is passed over.
@@ -158,7 +164,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("Content-Security-Policy", "frame-ancestors 'none'")  # no click through another page
+        self.send_header(
+            "Content-Security-Policy", "frame-ancestors 'none'"
+        )  # no click through another page
         self.end_headers()
         self.wfile.write(body)
 

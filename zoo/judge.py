@@ -28,7 +28,9 @@ from zoo.vlm import MATCH
 
 SCALE = re.compile(r"\b(?:from|of|between) (\d{1,3}) ?(?:to|and|-) ?(\d{1,3})\b", re.IGNORECASE)
 WHY = dict.fromkeys((400, 413, 415, 422), "does not take the question (can the model see images?)")
-WHY |= dict.fromkeys((401, 403), "refuses OPENAI_API_KEY") | dict.fromkeys((402, 429), "is not paid for")
+WHY |= dict.fromkeys((401, 403), "refuses OPENAI_API_KEY") | dict.fromkeys(
+    (402, 429), "is not paid for"
+)
 WHY |= {404: "knows no such model"}
 
 
@@ -49,7 +51,9 @@ class Judge(Http):
         super().__init__(url.rstrip("/") + "/chat/completions", timeout=600, attempts=3)
         self.name = f"judge {model} at {url.split('/')[2].rpartition('@')[2]}"
         if not self.key and not self.loopback:
-            raise UserError(f"{self.name} wants a key: set OPENAI_API_KEY, or OPENAI_BASE_URL to another")
+            raise UserError(
+                f"{self.name} wants a key: set OPENAI_API_KEY, or OPENAI_BASE_URL to another"
+            )
         if not re.fullmatch("[!-~]*", self.key):  # which an error of the library would quote
             raise UserError("OPENAI_API_KEY has characters that no key has")
         self.headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
@@ -58,14 +62,20 @@ class Judge(Http):
         self.model, self.question, self.at = model, question, at
         self.samples = samples or (1 if self.bounds else 5)
         self.answers = Answers()
-        self.refused, self.top = set(), 20  # fields that the service refuses; logprobs it is asked for
+        self.refused, self.top = (
+            set(),
+            20,
+        )  # fields that the service refuses; logprobs it is asked for
         self.reached = self.no_logprobs = self.astray = False  # what it turns out to do
 
     def __call__(self, images, prompts):
         """[B]; what was not asked before is asked, in parallel once the first has shown what goes wrong."""
         keys, jobs = [], {}
         for image, prompt in zip(images, prompts):
-            picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png(image)}"}}
+            picture = {
+                "type": "image_url",
+                "image_url": {"url": f"data:image/png;base64,{png(image)}"},
+            }
             text = {"type": "text", "text": self.question.replace("{prompt}", prompt)}
             talk = [{"role": "user", "content": [picture, text]}]
             body = {"model": self.model, "messages": talk, "max_tokens": 16}
@@ -89,7 +99,9 @@ class Judge(Http):
             except UserError as error:
                 errors.append(error)
 
-        with ThreadPool(self.at) as pool:  # a second Ctrl-C ends the process, whatever its threads do
+        with ThreadPool(
+            self.at
+        ) as pool:  # a second Ctrl-C ends the process, whatever its threads do
             pool.map(work, jobs, chunksize=1)
         if errors:
             hint = "; mend this, then go on with --resume" if self.answers.path else ""
@@ -141,7 +153,10 @@ class Judge(Http):
         """(what is said, [(word, {word: probability}) of each token, if the service gives them])."""
         try:
             data, tokens = json.loads(text), []
-            choice, spent = data["choices"][0], int((data.get("usage") or {}).get("total_tokens") or 0)
+            choice, spent = (
+                data["choices"][0],
+                int((data.get("usage") or {}).get("total_tokens") or 0),
+            )
             said = str(choice["message"]["content"] or "")
             for token in (choice.get("logprobs") or {}).get("content") or ():
                 odds = Counter()
@@ -167,7 +182,9 @@ class Answers:
     """
 
     def __init__(self, rewards=(), limit=None):
-        self.judges = [term for r in rewards for term in r.terms.values() if isinstance(term, Judge)]
+        self.judges = [
+            term for r in rewards for term in r.terms.values() if isinstance(term, Judge)
+        ]
         for judge in self.judges:
             judge.answers = self
         if limit and not self.judges:
@@ -185,7 +202,9 @@ class Answers:
             dist.barrier()  # until the first process has made it
         new = {"values": self.values.copy(), **self.spent}
         for path in folder.glob("judge-*.jsonl"):
-            mine = int(path.stem[6:]) % self.world == self.rank  # there may have been more processes
+            mine = (
+                int(path.stem[6:]) % self.world == self.rank
+            )  # there may have been more processes
             for text in path.read_bytes().splitlines():
                 with suppress(*MALFORMED):  # one that was cut short
                     line = json.loads(text)
@@ -202,12 +221,17 @@ class Answers:
             self.values |= values
             self.spent.update(requests=requests, tokens=tokens)
             if self.path:
-                append_line(self.path, json.dumps({"values": values, "requests": requests, "tokens": tokens}))
+                append_line(
+                    self.path,
+                    json.dumps({"values": values, "requests": requests, "tokens": tokens}),
+                )
 
     def record(self):
         """The requests and tokens of all processes since the run began, for its records; or nothing."""
         counts = {name: torch.tensor([n]) for name, n in self.spent.items()}
-        return {name: int(n.sum()) for name, n in gather_rows([counts]).items()} if self.judges else {}
+        return (
+            {name: int(n.sum()) for name, n in gather_rows([counts]).items()} if self.judges else {}
+        )
 
 
 def word(token):
@@ -217,7 +241,11 @@ def word(token):
 
 def percent_yes(text, tokens):
     """The probability of yes against no at the first word, in percent; NaN if it is neither."""
-    odds = [odds for token, odds in tokens if token] or [{word(first): 1} for first in text.split()] or [{}]
+    odds = (
+        [odds for token, odds in tokens if token]
+        or [{word(first): 1} for first in text.split()]
+        or [{}]
+    )
     yes, no = odds[0].get("yes", 0), odds[0].get("no", 0)
     return 100 * yes / (yes + no) if yes + no > 0.01 else math.nan
 
@@ -233,7 +261,11 @@ def rating(text, tokens, low, high):
         return math.nan
     for token, odds in tokens:
         if token == found[0] and odds.get(token):
-            p = {n: odds.get(str(n), 0) for n in range(low, high + 1) if n in (0, said) or 10 * n > high}
+            p = {
+                n: odds.get(str(n), 0)
+                for n in range(low, high + 1)
+                if n in (0, said) or 10 * n > high
+            }
             return sum(n * p[n] for n in p) / sum(p.values())
     return said
 
@@ -246,6 +278,8 @@ def load(device, *options):
     texts = [option.strip('"') for option in options if option not in numbers]
     names, questions = [t for t in texts if " " not in t], [t for t in texts if " " in t]
     if not names or len(questions) > 1:
-        raise UserError(f"reward judge:{':'.join(options)} must name a model, and one question at most")
+        raise UserError(
+            f"reward judge:{':'.join(options)} must name a model, and one question at most"
+        )
     given = {"at" if option[0] == "x" else "samples": int(option[1:]) for option in numbers}
     return Judge(":".join(names), *questions, **given)

@@ -46,5 +46,7 @@ def load(device, *options):
     try:
         from rapidocr import RapidOCR
     except ImportError as error:
-        raise UserError("reward ocr needs two more packages: pip install rapidocr onnxruntime") from error
+        raise UserError(
+            "reward ocr needs two more packages: pip install rapidocr onnxruntime"
+        ) from error
     return Ocr(RapidOCR(params={"Global.log_level": "error"}))

@@ -71,12 +71,16 @@ def fit(d, y, fold):
     for precision in PRECISIONS:
         u, H = newton(z, y, precision, u)
         likelihood = (y * (z @ u) - F.softplus(z @ u)).sum()
-        evidence.append(likelihood + (len(u) * math.log(precision) - precision * u @ u - H.logdet()) / 2)
+        evidence.append(
+            likelihood + (len(u) * math.log(precision) - precision * u @ u - H.logdet()) / 2
+        )
         modes.append(u)
         inverses.append(H.inverse())
     share, modes = torch.stack(evidence).softmax(0), torch.stack(modes)
     u = share @ modes
-    S = (share[:, None, None] * torch.stack(inverses)).sum(0) + (share * (modes - u).T) @ (modes - u)
+    S = (share[:, None, None] * torch.stack(inverses)).sum(0) + (share * (modes - u).T) @ (
+        modes - u
+    )
     outside = 0.1 * (share / share.new_tensor(PRECISIONS)).sum() * (torch.eye(d.shape[1]) - V.T @ V)
     unseen, precision = torch.zeros_like(y), PRECISIONS[share.argmax()]
     for k in fold.unique():
@@ -99,16 +103,22 @@ def load(clip, *options):
         error = math.sqrt(right * (1 - right) / max(int(about["choices"]), 1))
     except FileNotFoundError as error:
         make = f"make one with: python -m studies.taste --name {folder.name}"
-        raise UserError(f"reward taste:{name}: there is no {folder / 'head.safetensors'}; {make}") from error
+        raise UserError(
+            f"reward taste:{name}: there is no {folder / 'head.safetensors'}; {make}"
+        ) from error
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise UserError(f"reward taste:{name}: {folder} is damaged: {first_line(error)}") from error
     if known != (here := clip_name(clip)):
         raise UserError(f"reward taste:{name}: it was fitted on {known}, and this model has {here}")
     D = clip.model.config.projection_dim
-    if [list(t.shape) for t in tensors] != [[D], [D, D], [D]] or not all(t.isfinite().all() for t in tensors):
+    if [list(t.shape) for t in tensors] != [[D], [D, D], [D]] or not all(
+        t.isfinite().all() for t in tensors
+    ):
         raise UserError(f"reward taste:{name}: {folder} is damaged, or from another {here}")
     if right - 2 * error < 0.5:  # it would train all the same, in some direction
-        warn(f"taste:{name} predicts {100 * right:.0f} % of choices it has not seen: that may be guessing")
+        warn(
+            f"taste:{name} predicts {100 * right:.0f} % of choices it has not seen: that may be guessing"
+        )
     return Taste(*tensors, clip)
 
 
