@@ -10,9 +10,10 @@ import torch
 from models.flows import load_flow
 from models.lora_files import load_lora
 from models.table import add_model_arguments, fill_defaults
-from support.commands import Parser, number, read_prompts
+from support.commands import Parser, number
 from support.errors import UserError, first_line, run_command
 from support.pictures import grid
+from support.prompts import read_prompts
 from support.run import read_config
 
 

@@ -9,7 +9,6 @@ torchrun --standalone --nproc-per-node 8 train.py --model sd3.5  # many GPUs
 
 import argparse
 import atexit
-import hashlib
 import math
 import os
 import re
@@ -24,11 +23,13 @@ import torch.distributed as dist
 from fdflow import LoRA, Problem, central_difference, fdfo, spsa
 from models.flows import load_flow
 from models.lora_files import layers_named, save_lora
-from models.table import MODELS, TINY, add_model_arguments, fill_defaults
+from models.table import MODELS, add_model_arguments, fill_defaults
 from rewards import Reward, load_clip, load_function
-from support.commands import Parser, add_estimator_arguments, number, options_of, read_prompts
+from support.commands import Parser, add_estimator_arguments, number, options_of
+from support.draws import seeded
 from support.errors import UserError, first_line, run_command
 from support.evaluation import Counted, HeldOut, Scorer
+from support.prompts import split_prompts
 from support.run import Run, read_config
 from zoo.human import Human
 from zoo.judge import Answers
@@ -154,16 +155,6 @@ def parse_args():
     return args, model, partial(estimate, **options)
 
 
-def split_prompts(path):
-    """Training and held-out prompts: those of a file, every tenth held out, or the bundled ones."""
-    if path is None:
-        return read_prompts(TINY / "prompts_train.txt"), read_prompts(TINY / "prompts_test.txt")
-    prompts = read_prompts(path)
-    if len(prompts) < 10:  # too few to spare any: the same prompts, from other noise
-        return prompts, prompts
-    return [prompt for i, prompt in enumerate(prompts) if i % 10], prompts[::10]
-
-
 def start_processes(args):
     """Join the other processes, if torchrun started this one, and take the GPU of its number."""
     if not dist.is_torchelastic_launched():
@@ -199,12 +190,6 @@ def call_estimator(name, estimate, problem, *args):
             f"estimator {name} must add to every .grad, and return how many images it sampled"
         )
     return images
-
-
-def seeded(seed, use, device="cpu"):
-    """A random generator for one use of a run's seed, so that no two uses draw the same noise."""
-    digest = hashlib.sha256(f"{seed} {use}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "big") // 2)
 
 
 def optimizer_step(optimizer, parameters):

@@ -15,9 +15,10 @@ from models.table import TINY, fill_defaults
 from rewards import Reward
 from studies import baselines
 from support.commands import Parser, number
+from support.draws import seeded
 from support.errors import run_command
 from support.evaluation import Counted, Scorer
-from train import seeded, split_prompts
+from support.prompts import split_prompts
 
 METHODS = {  # the estimator, how many groups make 64 images, and its options
     "fdfo": (fdfo, 32, {"churn": 0.05}),

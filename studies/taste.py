@@ -21,10 +21,11 @@ from models.flows import load_flow
 from models.table import add_model_arguments, check_device, fill_defaults
 from rewards import load_clip
 from support.commands import Parser, number
+from support.draws import seeded
 from support.errors import UserError, first_line, run_command
 from support.pictures import grid, save_picture
+from support.prompts import split_prompts
 from support.run import read_config, warn, write_whole
-from train import seeded, split_prompts
 from zoo.human import Human, append_line
 from zoo.taste import Taste, clip_name, fit
 

@@ -1,4 +1,4 @@
-"""Command lines: errors of one line, checked numbers, prompt files, and the flags of an estimator."""
+"""Command lines: errors of one line, checked numbers, and the flags of an estimator."""
 
 import argparse
 import inspect
@@ -58,25 +58,6 @@ def size(text):
     if not re.fullmatch(r"[1-9][0-9]{1,3}(x[1-9][0-9]{1,3})?", text):
         raise argparse.ArgumentTypeError(f"{text} is not a size as 512 or 768x512")
     return text
-
-
-def read_prompts(path):
-    """The non-empty lines of a text file. UserError if there are none, or one is over 2,000 characters."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(10**7)  # /dev/zero has no end
-        if len(text) == 10**7:
-            raise ValueError("it has over 10 million characters")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a text file of prompts: {first_line(error)}") from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise UserError(f"the prompt file {path} is empty; it needs one prompt a line")
-    if len(longest := max(prompts, key=len)) > 2000:
-        raise UserError(
-            f"the prompt file {path} has a prompt of {len(longest)} characters; 2,000 are enough"
-        )
-    return prompts
 
 
 def options_of(estimator):

@@ -31,9 +31,9 @@ from models.lora_files import layers_named
 from models.table import fill_defaults
 from rewards import TINY, Reward, load_clip
 from studies import taste as study
-from support.commands import read_prompts
 from support.errors import UserError
 from support.evaluation import HeldOut
+from support.prompts import read_prompts
 from zoo.human import Human
 from zoo.taste import PRECISIONS, fit, newton
 

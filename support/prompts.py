@@ -1,0 +1,36 @@
+"""Prompts: files of them, and which are held out."""
+
+from pathlib import Path
+
+from support.errors import UserError, first_line
+
+TINY = Path(__file__).resolve().parents[1] / "tiny"
+
+
+def read_prompts(path):
+    """The non-empty lines of a text file. UserError if there are none, or one is over 2,000 characters."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(10**7)  # /dev/zero has no end
+        if len(text) == 10**7:
+            raise ValueError("it has over 10 million characters")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a text file of prompts: {first_line(error)}") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"the prompt file {path} is empty; it needs one prompt a line")
+    if len(longest := max(prompts, key=len)) > 2000:
+        raise UserError(
+            f"the prompt file {path} has a prompt of {len(longest)} characters; 2,000 are enough"
+        )
+    return prompts
+
+
+def split_prompts(path):
+    """Training and held-out prompts: those of a file, every tenth held out, or the bundled ones."""
+    if path is None:
+        return read_prompts(TINY / "prompts_train.txt"), read_prompts(TINY / "prompts_test.txt")
+    prompts = read_prompts(path)
+    if len(prompts) < 10:  # too few to spare any: the same prompts, from other noise
+        return prompts, prompts
+    return [prompt for i, prompt in enumerate(prompts) if i % 10], prompts[::10]
