@@ -7,69 +7,68 @@ from pathlib import Path
 
 import torch
 
-from models.flows import load_flow
+from models.flow import load_flow
 from models.lora_files import load_lora
-from models.table import add_model_arguments, fill_defaults
-from support.commands import Parser, number
-from support.errors import UserError, first_line, run_command
-from support.pictures import grid
+from models.table import find_model
+from support.arguments import Parser, add_model_arguments, fill_defaults, number
+from support.errors import run_command
+from support.pictures import check_writable, grid, save_picture
 from support.prompts import read_prompts
-from support.run import read_config
+from support.run import read_config, warn
 
 
 def parse_args():
-    """The arguments with all defaults filled in, from the run where there is one; and the Model."""
-    parser = Parser(description=__doc__)
+    """Read the command line. Returns the arguments, with all defaults, and the Model."""
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--prompt", action="append", default=[], help="what to draw; may be given several times")
     add("--prompts", metavar="FILE", help="a text file with one prompt a line")
-    add("--n", type=number(int, 1, 10_000), default=4, help="images of each prompt (default 4)")
-    add(
-        "--seed",
-        type=number(int, 0, 10**9),
-        default=0,
-        help="image i has noise seed + i (default 0)",
-    )
-    add(
-        "--lora",
-        help="a run folder, which also sets model, steps, guidance and size, or a LoRA file",
-    )
-    add("--out", default="sample.png", help="the picture to write (default sample.png)")
+    add("--n", type=number(int, 1), default=4, help="images of each prompt")
+    add("--seed", type=number(int, 0), default=0, help="image i has noise seed + i")
+    add("--lora", help="a run folder, which also sets model, steps, guidance and size; or a file")
+    add("--out", default="sample.png", help="the picture to write")
     add("--compare", action="store_true", help="base model | with LoRA, for the same noise")
     add_model_arguments(parser)
     args = parser.parse_args()
-    args.prompt += read_prompts(args.prompts) if args.prompts else []
+
+    if args.prompts:
+        args.prompt += read_prompts(args.prompts)
     if not args.prompt:
         parser.error("give a --prompt or a file of --prompts")
     if args.compare and not args.lora:
         parser.error("--compare needs --lora")
-    if args.lora and any(
-        Path(args.lora, name).exists() for name in ("config.json", "metrics.jsonl")
-    ):
-        keys = ("model", "steps", "guidance", "size")
-        saved = parser.parse_args(read_config(args.lora, keys))
-        for key in keys:
-            setattr(args, key, getattr(args, key) or getattr(saved, key))
-    return args, fill_defaults(args)
+
+    # what a run was trained with comes before what suits the model
+    saved = {}
+    if args.lora and Path(args.lora, "config.json").exists():
+        config = read_config(args.lora)
+        saved = {key: config.get(key) for key in ("model", "steps", "guidance", "negative", "size")}
+        for key in ("guidance", "size"):
+            if getattr(args, key) not in (None, saved[key]):
+                warn(f"this LoRA was trained with --{key} {saved[key]}: images may suffer")
+    model = find_model(args.model or saved.get("model") or "tiny")
+    fill_defaults(args, vars(model) | saved)
+    return args, model
 
 
 def main():
     args, model = parse_args()
+    out = Path(args.out)
+    check_writable(out)
     flow = load_flow(model, args, args.prompt)
     cond = torch.arange(len(args.prompt)).repeat_interleave(args.n)
     seeds = [args.seed + i for i in range(args.n)] * len(args.prompt)
+
     pictures = []
     if args.compare or not args.lora:
         pictures.append(flow.images(cond, seeds, args.batch, progress=True))
     if args.lora:
         load_lora(flow, args.lora)
         pictures.append(flow.images(cond, seeds, args.batch, progress=True))
-    captions = [args.prompt[c] + (" | with LoRA" if args.compare else "") for c in cond.tolist()]
+
+    captions = [args.prompt[i] + (" | with LoRA" if args.compare else "") for i in cond.tolist()]
     columns = min(args.n, 8) if args.n > 1 else min(4, len(args.prompt))
-    try:
-        grid(torch.cat(pictures, dim=3), captions, columns).save(args.out)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {args.out}: {first_line(error)}") from error
+    save_picture(grid(torch.cat(pictures, dim=3), captions, columns), out)
     print(args.out)
 
 

@@ -1,151 +1,87 @@
-"""The models that have names, what suits them by default, their flags, and how to load one."""
+"""The models that have names, what suits them by default, and how to load a pipeline."""
 
+import inspect
 import logging
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
+from diffusers.configuration_utils import FrozenDict
 
-from support.commands import number, size
 from support.errors import UserError, first_line, why_unreachable
+from support.prompts import TINY
 
 for library in (transformers, diffusers):
     library.logging.set_verbosity(logging.CRITICAL)  # an error is raised, too
     library.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", module="huggingface_hub|peft")
 
-TINY = Path(__file__).resolve().parents[1] / "tiny"
-
 
 @dataclass
 class Model:
-    """Where a model lies and what suits it when the command line does not say otherwise."""
+    """Where a model lies, and what suits it when the command line does not say otherwise.
+
+    Steps, size and guidance are those of its own pipeline where they are None.
+    """
 
     path: str
-    steps: int
-    size: str = "512"  # pixels, or width x height
-    guidance: float = 1  # 1 is none
+    steps: int | None = None
+    size: str | None = None  # pixels, or width x height
+    guidance: float | None = None  # as its pipeline takes it
     lr: float = 3e-5
     rank: int = 32
     scale: float = 2  # alpha / rank
     churn: float = 0.0025
     train_steps: int = 4  # random times at which each group is trained
-    kl: float = 0  # pull to the base model
+    kl: float = 0  # weight of the pull to the base model
     batch: int = 12  # images in one network call
     layers: str = "attention"  # with a LoRA, as lora_files.layers_named has them
-    rollout_steps: int | None = 10  # at most; as Flow-GRPO: docs/comparison.md
+    rollout_steps: int = 10  # at most; as Flow-GRPO: docs/comparison.md
     iterations: int = 100
-    tokens: int = 256  # of the T5 encoder, or zeros in its place
+    tokens: int | None = None  # of a prompt, where not as many as its pipeline takes
     variant: str | None = None  # of the files to download: "fp16" are half as large
 
 
-TINY_TRAINING = {
-    "batch": 64,
-    "layers": "modulation",
-    "rollout_steps": None,
-    "iterations": 88,
-    "tokens": 1,
-}
-TURBO = {"steps": 4, "churn": 0.025, "batch": 16, "rollout_steps": None, "variant": "fp16"}
-SDXL = {"guidance": 5, "train_steps": 8, "batch": 4, "variant": "fp16"}
+# few steps, far apart: stronger churn, and more images at a time, since these are small
+TURBO = {"churn": 0.025, "batch": 16, "variant": "fp16"}
 MODELS = {
     "tiny": Model(
-        str(TINY / "tiny-sd3"), 4, "64", 1, 4e-4, 32, 1, 0.05, 2, kl=0.7, **TINY_TRAINING
+        str(TINY / "tiny-sd3"), 4, "64", 1, lr=4e-4, scale=1, churn=0.05, train_steps=2, kl=0.7,
+        batch=64, layers="modulation", iterations=88, tokens=1,
     ),
-    "sd3": Model("stabilityai/stable-diffusion-3-medium-diffusers", 28, train_steps=7),
-    "sd3.5": Model("stabilityai/stable-diffusion-3.5-medium", 40, train_steps=10),
-    "sd3.5-large": Model("stabilityai/stable-diffusion-3.5-large", 40, train_steps=10, batch=8),
-    "sd-turbo": Model("stabilityai/sd-turbo", **TURBO),
-    "sd1.5": Model("stable-diffusion-v1-5/stable-diffusion-v1-5", 20, guidance=5, train_steps=5),
-    "sdxl-turbo": Model("stabilityai/sdxl-turbo", **TURBO),
-    "sdxl": Model("stabilityai/stable-diffusion-xl-base-1.0", 30, "1024", **SDXL),
-    "flux-schnell": Model(
-        "black-forest-labs/FLUX.1-schnell", 4, churn=0.025, batch=8, rollout_steps=None
+    # Stability AI's licences; the first three are gated
+    "sd3": Model("stabilityai/stable-diffusion-3-medium-diffusers", 28, "512", 1, train_steps=7),
+    "sd3.5": Model("stabilityai/stable-diffusion-3.5-medium", 40, "512", 1, train_steps=10),
+    "sd3.5-large": Model(
+        "stabilityai/stable-diffusion-3.5-large", 40, "512", 1, train_steps=10, batch=8
     ),
-    "flux-dev": Model(
-        "black-forest-labs/FLUX.1-dev", 28, "512", 3.5, train_steps=7, batch=8, tokens=512
+    "sd-turbo": Model("stabilityai/sd-turbo", 4, "512", 1, **TURBO),
+    "sdxl-turbo": Model("stabilityai/sdxl-turbo", 4, "512", 1, **TURBO),
+    # OpenRAIL
+    "sd1.5": Model("stable-diffusion-v1-5/stable-diffusion-v1-5", 20, "512", 5, train_steps=5),
+    "sdxl": Model(
+        "stabilityai/stable-diffusion-xl-base-1.0", 30, "1024", 5, train_steps=8, batch=4,
+        variant="fp16",
     ),
-}
-# a model that is not in the table gets what suits one of its class that is
-LIKE = {
-    "StableDiffusion3Pipeline": "sd3",
-    "StableDiffusionPipeline": "sd1.5",
-    "StableDiffusionXLPipeline": "sdxl",
-    "FluxPipeline": "flux-dev",
-}
-
-
-def folder_or_name(text):
-    """An argparse type: a folder by its whole path, so that it is found from elsewhere, or any other name."""
-    return str(Path(text).resolve()) if text not in MODELS and Path(text).is_dir() else text
-
-
-def add_model_arguments(parser):
-    """The flags that sample.py and train.py share; None leaves the choice to the model or the run."""
-    add = parser.add_argument
-    add(
-        "--model",
-        type=folder_or_name,
-        help=f"{', '.join(MODELS)}, a hub id or a folder (default tiny)",
-    )
-    add("--steps", type=number(int, 1, 1000), help="sampling steps (default: the model's)")
-    add(
-        "--guidance",
-        type=number(float, 1, 100),
-        help="guidance scale, 1 is none (default: the model's)",
-    )
-    add("--size", type=size, help="in pixels: 512, or 768x512 (width first; default: the model's)")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)")
-    dtypes = ["float32", "bfloat16", "float16"]
-    add(
-        "--dtype",
-        choices=dtypes,
-        help="of the model (default: on cuda bfloat16 or float16, else float32)",
-    )
-    add(
-        "--batch",
-        type=number(int, 1, 10_000),
-        help="images in one network call (default: the model's)",
-    )
-    add(
-        "--compile",
-        action="store_true",
-        help="compile the network's blocks: a slow start, then faster",
-    )
-    add(
-        "--checkpointing",
-        action="store_true",
-        help="compute twice what training would store: less memory",
-    )
-
-
-def fill_defaults(args):
-    """Fill in the arguments of `add_model_arguments` that were not given; returns the Model."""
-    args.model = args.model or "tiny"
-    model = find_model(args.model)
-    args.steps, args.size = args.steps or model.steps, args.size or model.size
-    args.guidance, args.batch = args.guidance or model.guidance, args.batch or model.batch
-    if getattr(args, "rollout_steps", 0) is None:  # of training alone
-        args.rollout_steps = min(model.rollout_steps or args.steps, args.steps)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.dtype is None and args.device.startswith(
-        "cuda"
-    ):  # cards before 2020 only emulate bfloat16
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        args.dtype = "bfloat16" if native else "float16"
-    args.dtype = args.dtype or "float32"
-    return model
-
-
-def check_device(device):
-    """UserError if tensors cannot go to a device and come back."""
-    try:
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {first_line(error)}") from error
+    "pixart-sigma": Model("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", 20, "1024", 4.5),
+    # Apache 2.0; schnell, klein-4b and z-image-turbo are distilled
+    "flux-schnell": Model("black-forest-labs/FLUX.1-schnell", 4, "512", 1, churn=0.025, batch=8),
+    "flux2-klein": Model("black-forest-labs/FLUX.2-klein-base-4B", 50, "512", 4, batch=8),
+    "z-image": Model("Tongyi-MAI/Z-Image", 50, "512", 4, batch=8),
+    "z-image-turbo": Model("Tongyi-MAI/Z-Image-Turbo", 8, "512", 0, churn=0.025, batch=8),
+    "qwen-image": Model("Qwen/Qwen-Image", 50, "512", 4, batch=2),
+    "lumina2": Model("Alpha-VLLM/Lumina-Image-2.0", 50, "1024", 4, batch=4),
+    "chroma": Model("lodestones/Chroma1-Base", 35, "512", 5, batch=8),
+    "auraflow": Model("fal/AuraFlow-v0.3", 50, "1024", 3.5, batch=4, variant="fp16"),
+    "cogview4": Model("zai-org/CogView4-6B", 50, "1024", 3.5, batch=4),
+    # not for commercial use
+    "flux-dev": Model("black-forest-labs/FLUX.1-dev", 28, "512", 3.5, train_steps=7, batch=8),
+    "sana": Model("Efficient-Large-Model/Sana_600M_512px_diffusers", 20, "512", 4.5),
+    "krea2": Model("krea/Krea-2-Raw", 28, "512", 4.5, batch=4),
+}  # fmt: skip
 
 
 def find_model(name):
@@ -155,48 +91,96 @@ def find_model(name):
         return named[name]
     if not Path(name).is_dir() and name.count("/") != 1:
         raise UserError(f"model {name!r} is no folder, no hub id and none of {', '.join(MODELS)}")
-    like = LIKE[read_index(name)["_class_name"]]
-    if like == "flux-dev":
-        load = diffusers.FluxTransformer2DModel.load_config
-        config = loaded(name, lambda: dict(load(name, subfolder="transformer")))
-        like = "flux-dev" if config.get("guidance_embeds") else "flux-schnell"
-    return replace(MODELS[like], path=name, variant=None)
+
+    parameters = call_parameters(name)
+    guidance = parameters.get(guidance_argument(parameters))
+    steps = parameters["num_inference_steps"].default
+    return Model(name, steps, guidance=guidance.default if guidance else None)
 
 
 def read_index(path):
-    """The index of a pipeline, from a folder or the hub; UserError if there is none or of no known class."""
-    index = loaded(path, lambda: dict(diffusers.DiffusionPipeline.load_config(path)))
-    kind = index.get("_class_name")
-    if kind not in [*LIKE]:
-        raise UserError(f"{path} is a {kind}; known are {', '.join(LIKE)}")
-    return index
+    """The index of a pipeline, from a folder or the hub; UserError if there is none."""
+    return loaded(path, lambda: dict(diffusers.DiffusionPipeline.load_config(path)))
 
 
-def text_encoders(index):
-    """The names of a pipeline's text encoders, in the order of its arguments."""
-    return sorted(
-        name for name in index if name.startswith("text_encoder") and index[name] != [None, None]
-    )
+def pipeline_class(path):
+    """The class of a pipeline. UserError if it is not text to image with one network and a VAE."""
+    name = read_index(path).get("_class_name")
+    kind = getattr(diffusers, str(name), None)
+    plain = hasattr(kind, "encode_prompt") and hasattr(kind, "prepare_latents")
+
+    # such a call asks for a prompt, and not also for a video's length or a picture to change
+    if plain:
+        call = {*inspect.signature(kind).parameters, *inspect.signature(kind.__call__).parameters}
+        text = inspect.signature(kind.encode_prompt).parameters
+        wanted = {"prompt", "height", "width", "num_inference_steps", "generator", "vae"}
+        others = {"num_frames", "frames", "strength", "mask_image", "control_image", "prior"}
+        network = {"transformer", "unet"} & call
+        plain = wanted <= call and network and not others & call and "image" not in text
+    if not plain:
+        raise UserError(f"{path} is a {name}, not text to image with one network and a VAE")
+    return kind
 
 
-def load_pipeline(model, dtype, encoder=None):
-    """Load the diffusers pipeline of a Model: one text encoder alone, or all but those; or a UserError."""
-    path, index = model.path, read_index(model.path)
-    kept = {encoder} if encoder else {"transformer", "unet", "vae"}
-    left_out = {"transformer", "unet", "vae", "safety_checker", *text_encoders(index)} - kept
-    absent = {
-        part: None for part, kind in index.items() if kind == [None, None] or part in left_out
-    }
+def call_parameters(path):
+    """The parameters of a pipeline's call, {name: inspect.Parameter}."""
+    return inspect.signature(pipeline_class(path).__call__).parameters
+
+
+def guidance_argument(parameters):
+    """The argument that guides: `true_cfg_scale` where `guidance_scale` is off by default."""
+    own = parameters.get("guidance_scale")
+    return "true_cfg_scale" if own is None or own.default is None else "guidance_scale"
+
+
+def call_options(model, args):
+    """What every call of a model's pipeline gets, as far as its call has an argument for it.
+
+    UserError if it has none for something that was asked for.
+    """
+    parameters = call_parameters(model.path)
+    guidance = guidance_argument(parameters)
+    options = {"output_type": "latent", "return_dict": False, guidance: args.guidance}
+    options |= {"max_sequence_length": model.tokens}
+    if args.size:
+        width, height = (args.size.split("x") * 2)[:2]
+        options |= {"width": int(width), "height": int(height)}
+    if args.negative and "negative_prompt" not in parameters:
+        raise UserError("--negative: this model's pipeline takes none")
+    if args.negative or guidance == "true_cfg_scale":  # which is off without
+        options["negative_prompt"] = args.negative or ""
+
+    # with these a pipeline would change size, prompt or guidance on its own
+    options |= {"use_resolution_binning": False, "enable_prompt_rewrite": False}
+    options |= {"cfg_truncation": 2.0}  # of times from 0 to 1
+    return {name: o for name, o in options.items() if name in parameters and o is not None}
+
+
+def load_pipeline(model, args, without):
+    """Load the diffusers pipeline of a Model, without some of its parts. UserError if it can't."""
+    path = model.path
+    kind, index = pipeline_class(path), read_index(path)
+    without = {"safety_checker", *without}
+    absent = {part: None for part in index if index[part] == [None, None] or part in without}
+
     variant = model.variant
     if Path(path).is_dir():
         files = [file.name for file in Path(path).glob("*/*.safetensors")]
         variant = "fp16" if files and all(".fp16" in name for name in files) else None
-    kind = getattr(diffusers, index["_class_name"])
-    return loaded(path, lambda: kind.from_pretrained(path, dtype=dtype, variant=variant, **absent))
+    options = {"dtype": getattr(torch, args.dtype), "variant": variant, **absent}
+    return loaded(path, lambda: kind.from_pretrained(path, **options))
+
+
+def network_config(path):
+    """The name of the network in a pipeline, and its configuration."""
+    index = read_index(path)
+    name = "transformer" if "transformer" in index else "unet"
+    kind = getattr(diffusers, index[name][1])
+    return name, FrozenDict(loaded(path, lambda: kind.load_config(path, subfolder=name)))
 
 
 def loaded(path, load):
-    """What `load()` makes of a folder or a hub id; or a UserError that says what is wrong with that."""
+    """What `load()` makes of a folder or a hub id; or a UserError that says what is wrong."""
     try:
         return load()
     except Exception as error:  # whatever damage does

@@ -7,39 +7,44 @@ import torch.distributed as dist
 
 from support.errors import UserError
 
+CLEAR = 3  # standard errors beyond which a change is no chance
+MATTERS = 0.1  # standard deviations between prompts from which on a change matters
+
 
 def processes():
-    """(the number of this process among those of torchrun, how many there are): (0, 1) if it is alone."""
+    """(number of this process among those of torchrun, how many there are), or (0, 1)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def gather_rows(parts):
-    """[{name: [n, ...]}, ...] to {name: [N, ...]} on the CPU, from all processes in their order.
-
-    The first process has parts; another may have none, if there was too little to share.
-    """
+    """Join [{name: [n, ...]}, ...] of all processes in their order: {name: [N, ...]} on the CPU."""
     parts = [{name: values.cpu() for name, values in part.items()} for part in parts]
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, parts)
-        parts = sum(everyone, [])
+        parts = [part for one in everyone for part in one]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+def sum_over_processes(number):
+    """The sum of a whole number over all processes."""
+    return int(gather_rows([{"number": torch.tensor([number])}])["number"].sum())
+
+
 def mean_and_error(values, prompts):
-    """Mean of values [N] and its standard error over prompts [N]; None where there are too few to tell.
+    """Mean of values [N], and its standard error over prompts [N]; None where there are too few.
 
-    A prompt's images are not independent, so they are averaged first; what is not finite is left out.
+    A prompt's images are not independent, so they are averaged first. What is not finite is left
+    out.
     """
-    values, prompts = values[values.isfinite()].double(), prompts[values.isfinite()]
-    means = torch.tensor([values[prompts == prompt].mean() for prompt in prompts.unique()])
+    finite = values.isfinite()
+    values, prompts = values[finite].double(), prompts[finite]
+    if len(values) == 0:
+        return None, None
+
+    means = torch.stack([values[prompts == prompt].mean() for prompt in prompts.unique()])
     error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else None
-    return values.mean().item() if len(values) else None, error
-
-
-def statistics(name, values, prompts):
-    """The mean of values under a name, and its standard error under the name with _se."""
-    return dict(zip((name, f"{name}_se"), mean_and_error(values, prompts)))
+    return values.mean().item(), error
 
 
 def plus_minus(mean, error, sign="+"):
@@ -50,7 +55,7 @@ def plus_minus(mean, error, sign="+"):
 
 
 class Counted:
-    """A velocity that counts its evaluations: one for an image forward, three for forward and backward."""
+    """A velocity that counts its evaluations: one for an image forward, three with its gradient."""
 
     def __init__(self, velocity):
         self.velocity, self.evaluations = velocity, 0
@@ -60,131 +65,170 @@ class Counted:
         return self.velocity(x, t, cond)
 
     def pop_count(self):
-        """The evaluations since the last call, of all processes."""
-        count, self.evaluations = torch.tensor([self.evaluations]), 0
-        return int(gather_rows([{"": count}])[""].sum())
+        """The evaluations of all processes since the last call."""
+        count, self.evaluations = self.evaluations, 0
+        return sum_over_processes(count)
 
 
 class Scorer:
-    """The reward of latents, as the estimators ask for it; keeps what the terms gave until it is asked."""
+    """The reward of latents, as the estimators ask for it; it remembers all values for the log."""
 
     def __init__(self, flow, reward):
         self.flow, self.reward, self.seen = flow, reward, []
 
     def __call__(self, x, cond):
-        values = self.reward.measure(
-            self.flow.decode(x), [self.flow.prompts[i] for i in cond.tolist()]
-        )
-        self.seen.append({name: R.detach() for name, R in values.items()} | {"": cond})
+        prompts = [self.flow.prompts[i] for i in cond.tolist()]
+        values = self.reward.measure(self.flow.decode(x), prompts)
+        self.seen.append({name: R.detach() for name, R in values.items()} | {"prompt": cond})
         return self.reward.combine(values)
 
     def pop_record(self):
-        """What is to be logged of the rewards since the last call, those of all processes."""
+        """What is to be logged of the rewards of all processes since the last call."""
         if not self.seen:
             raise UserError("the estimator did not ask for the reward of a single image")
         values, self.seen = gather_rows(self.seen), []
-        prompts = values.pop("")
+        prompts = values.pop("prompt")
+
         R = self.reward.combine(values)
-        terms = {name: v[v.isfinite()] for name, v in values.items()}
-        return statistics("reward", R, prompts) | {
-            "terms": {name: v.mean().item() if len(v) else None for name, v in terms.items()},
+        mean, error = mean_and_error(R, prompts)
+        finite = {name: v[v.isfinite()] for name, v in values.items()}
+        return {
+            "reward": mean,
+            "reward_se": error,
+            "terms": {name: v.mean().item() if len(v) else None for name, v in finite.items()},
             "terms_std": {
-                name: v.std().item() if len(v) > 1 else None for name, v in terms.items()
+                name: v.std().item() if len(v) > 1 else None for name, v in finite.items()
             },
             "not_finite": int(R.isnan().sum()),
         }
 
 
-class HeldOut:
-    """Measures the model on prompts it is not trained on, two images each, always from the same noise.
+def held_out_share(count, most=128):
+    """Which of `count` held-out prompts are measured, and those of them that this process measures.
 
-    Up to 128 of the last `count` prompts of the flow; every process measures its share of them. `prompts` are
-    up to 48 of these, from first to last, whose images are shown. A person is not asked here: with `human` in
-    the reward only the watched rewards are measured. embed: images to embeddings of unit length, for
-    diversity. seed: of the noise, an image its own from there on.
+    Indices [P] and [p]. UserError if there are fewer than processes.
+    """
+    rank, world = processes()
+    if count < world:
+        raise UserError(f"{world} processes need at least as many held-out prompts, not {count}")
+    chosen = torch.linspace(0, count - 1, min(count, most)).round().long()
+    return chosen, chosen.tensor_split(world)[rank]
+
+
+class HeldOut:
+    """Measures the model on prompts it is not trained on, each with images from the same noise.
+
+    cond: indices in `flow.prompts` of the prompts that all processes measure together
+    mine: those of this process
+    reward, watched: a Reward, and a list of them
+    embed: a function from images to embeddings of unit length, for diversity
+    seed: of the noise, an image its own from there on
+
+    `prompts` are up to 48 of them, whose first images are shown.
     """
 
-    def __init__(self, flow, count, reward, watched, embed, batch, seed):
+    def __init__(self, flow, cond, mine, reward, watched, embed, batch, seed):
         self.flow, self.reward, self.watched, self.embed = flow, reward, watched, embed
-        self.batch, self.base_images, self.base = batch, None, None
-        total, (rank, world) = len(flow.prompts), processes()
-        chosen = torch.linspace(total - count, total - 1, min(count, 128)).round().long()
-        shown = torch.linspace(0, len(chosen) - 1, min(len(chosen), 48)).round().long()
-        self.prompts = [flow.prompts[i] for i in chosen[shown].tolist()]
-        if len(chosen) < world:
-            raise UserError(
-                f"{world} processes need at least as many held-out prompts, not {len(chosen)}"
-            )
-        mine = torch.arange(len(chosen)).tensor_split(world)[rank]
-        self.cond = chosen[mine].repeat_interleave(2)
-        self.seeds = (seed + 2 * mine[:, None] + torch.arange(2)).flatten().tolist()
-        self.shown = (
-            2 * torch.isin(mine, shown).nonzero()[:, 0]
-        )  # the first of a prompt's two images
+        self.batch, self.base, self.base_images = batch, None, None
+
+        # two images of each prompt, whose noise depends on the place of the prompt alone
+        places = torch.isin(cond, mine).nonzero()[:, 0]
+        self.cond = mine.repeat_interleave(2)
+        self.seeds = (seed + 2 * places[:, None] + torch.arange(2)).flatten().tolist()
+
+        shown = torch.linspace(0, len(cond) - 1, min(len(cond), 48)).round().long()
+        self.prompts = [flow.prompts[i] for i in cond[shown].tolist()]
+        self.shown = 2 * torch.isin(places, shown).nonzero()[:, 0]
+
+        # a person is asked in training only
+        terms = reward.terms.values()
+        self.scored = not any(getattr(term, "only_in_training", False) for term in terms)
 
     @torch.no_grad()
     def __call__(self):
-        """Returns the first image of each of `prompts` [P, 3, H, W], and a record of means and their errors.
+        """Measure the model; the first call measures the base model.
 
-        The first call measures the base model. Gain and change are mean differences to its images from the
-        same noise, of the reward and of what is watched. Drift is the root mean square difference in pixels,
-        diversity the mean cosine distance between the embeddings of a prompt's two images. A term that was
-        learned from choices has a `choice_error` of the mean change of embeddings, which stands beside the
-        standard errors over prompts.
+        Returns the first image of each of `prompts` [P, 3, H, W], and a record of means and their
+        errors over prompts. Gain and change are mean differences to the base model's images from
+        the same noise, of the reward and of what is watched. Drift is the root mean square
+        difference in pixels. Diversity is the mean cosine distance of a prompt's two images. A term
+        that was learned from choices has a `choice_error` of the change of embeddings, too.
         """
-        images, parts = self.flow.images(self.cond, self.seeds, self.batch), []
+        images = self.flow.images(self.cond, self.seeds, self.batch)
         if self.base_images is None:
             self.base_images = images
+            if images.isnan().any():
+                raise UserError("the model's images are not finite numbers: try --dtype bfloat16")
+
+        # score batch by batch, then bring the scores of all processes together
+        parts = []
         for i in range(0, len(images), self.batch):
-            part, cond = images[i : i + self.batch], self.cond[i : i + self.batch]
-            drift = (part - self.base_images[i : i + self.batch]).square().mean((1, 2, 3))
-            prompts, part = [self.flow.prompts[c] for c in cond.tolist()], part.to(self.flow.device)
-            terms = {} if "human" in self.reward.terms else self.reward.measure(part, prompts)
-            terms |= {
-                t.expression: t(part, prompts) for t in self.watched if t.expression not in terms
-            }
-            parts.append({"": cond, "embedding": self.embed(part), "drift": drift, **terms})
+            parts.append(self.measure(images, slice(i, i + self.batch)))
         values = gather_rows(parts)
-        prompts, embeddings = values.pop(""), values.pop("embedding")
+        prompts, embeddings = values.pop("prompt"), values.pop("embedding")
         record = {"drift": values.pop("drift").mean().sqrt().item()}
-        R = None if "human" in self.reward.terms else self.reward.combine(values)
         first, second = embeddings.unflatten(0, (-1, 2)).unbind(1)
         values["diversity"] = (1 - (first * second).sum(1)).repeat_interleave(2)
+
+        # the trained reward, and all else, against the base model
+        R = self.reward.combine(values) if self.scored else None
         self.base = self.base or (R, values, embeddings)
-        if R is not None:
-            record |= statistics("held_out", R, prompts) | statistics(
-                "gain", R - self.base[0], prompts
-            )
+        if self.scored:
+            record["held_out"], record["held_out_se"] = mean_and_error(R, prompts)
+            record["gain"], record["gain_se"] = mean_and_error(R - self.base[0], prompts)
         change = {name: v - self.base[1][name] for name, v in values.items()}
         for key, group in (("watched", values), ("change", change)):
-            record[key] = {name: mean_and_error(v, prompts)[0] for name, v in group.items()}
-            record[f"{key}_se"] = {name: mean_and_error(v, prompts)[1] for name, v in group.items()}
-        terms = self.reward.terms | {
-            name: term for t in self.watched for name, term in t.terms.items()
-        }
-        learned = {name: term for name, term in terms.items() if hasattr(term, "choice_error")}
-        if learned:  # from choices, of whose number their errors tell
-            de = (embeddings - self.base[2]).mean(0)
-            record["change_se_choices"] = {
-                name: term.choice_error(de) for name, term in learned.items()
-            }
-        pictures = gather_rows([{"": (255 * images[self.shown]).round().byte()}])[""]
-        return pictures / 255, record
+            statistics = {name: mean_and_error(v, prompts) for name, v in group.items()}
+            record[key] = {name: mean for name, (mean, _) in statistics.items()}
+            record[f"{key}_se"] = {name: error for name, (_, error) in statistics.items()}
+        record["prompts"] = len(prompts.unique())
+
+        # the limited number of choices that a taste was fitted to is an error of its own
+        difference = (embeddings - self.base[2]).mean(0)
+        for name, term in self.terms().items():
+            if hasattr(term, "choice_error"):
+                errors = record.setdefault("change_se_choices", {})
+                errors[name] = term.choice_error(difference)
+
+        shown = (255 * images[self.shown]).round().byte()
+        return gather_rows([{"image": shown}])["image"] / 255, record
+
+    def measure(self, images, part):
+        """The scores of a part of the images of this process."""
+        prompts = [self.flow.prompts[i] for i in self.cond[part].tolist()]
+        drift = (images[part] - self.base_images[part]).square().mean((1, 2, 3))
+        images = images[part].to(self.flow.device)
+
+        scores = self.reward.measure(images, prompts) if self.scored else {}
+        for reward in self.watched:
+            if reward.expression not in scores:
+                scores[reward.expression] = reward(images, prompts)
+        return {"prompt": self.cond[part], "embedding": self.embed(images), "drift": drift} | scores
+
+    def terms(self):
+        """All terms of the rewards, {name: callable}."""
+        rewards = [self.reward, *self.watched]
+        return {name: term for reward in rewards for name, term in reward.terms.items()}
 
 
-def signs_of_hacking(record):
-    """The watched names, none of them trained, that fell while the reward rose; fewer than two are no sign.
+def signs_of_hacking(record, base):
+    """The watched names, none of them trained, that fell while the reward rose.
 
-    Rises and falls count beyond three standard errors: one fall can be a matter of taste.
+    record, base: of a later evaluation, and of the base model. Fewer than two are no sign: one fall
+    can be a matter of taste. A change counts if it is clear and matters.
     """
 
-    def clear(value, error, sign):
-        return None not in (value, error) and sign * value > 3 * error
+    def counts(change, error, base_error, sign):
+        if None in (change, error, base_error):
+            return False
+        spread = base_error * math.sqrt(base["prompts"])
+        return sign * change > max(CLEAR * error, MATTERS * spread)
 
-    if not clear(record.get("gain"), record.get("gain_se"), 1):
+    if not counts(record.get("gain"), record.get("gain_se"), base.get("held_out_se"), 1):
         return []
-    names = [name for name in record["change"] if name not in record["terms"]]
-    fallen = [
-        name for name in names if clear(record["change"][name], record["change_se"][name], -1)
-    ]
+    fallen = []
+    for name, change in record["change"].items():
+        error, base_error = record["change_se"][name], base["watched_se"][name]
+        if name not in record["terms"] and counts(change, error, base_error, -1):
+            fallen.append(name)
     return fallen if len(fallen) > 1 else []

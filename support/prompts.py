@@ -8,21 +8,17 @@ TINY = Path(__file__).resolve().parents[1] / "tiny"
 
 
 def read_prompts(path):
-    """The non-empty lines of a text file. UserError if there are none, or one is over 2,000 characters."""
+    """The non-empty lines of a text file. UserError if there are none, or it is something else."""
+    if Path(path).suffix.lower() in (".csv", ".tsv", ".json", ".jsonl", ".parquet"):
+        raise UserError(f"{path}: prompts are a text file, one a line; write their column to one")
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(10**7)  # /dev/zero has no end
-        if len(text) == 10**7:
-            raise ValueError("it has over 10 million characters")
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors mark their files so
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a text file of prompts: {first_line(error)}") from error
+
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise UserError(f"the prompt file {path} is empty; it needs one prompt a line")
-    if len(longest := max(prompts, key=len)) > 2000:
-        raise UserError(
-            f"the prompt file {path} has a prompt of {len(longest)} characters; 2,000 are enough"
-        )
     return prompts
 
 
@@ -30,6 +26,7 @@ def split_prompts(path):
     """Training and held-out prompts: those of a file, every tenth held out, or the bundled ones."""
     if path is None:
         return read_prompts(TINY / "prompts_train.txt"), read_prompts(TINY / "prompts_test.txt")
+
     prompts = read_prompts(path)
     if len(prompts) < 10:  # too few to spare any: the same prompts, from other noise
         return prompts, prompts

@@ -162,6 +162,8 @@ class Functions(TorchFunctionMode):
                 tuple(torch.tensor(i) if isinstance(i, list) else i for i in index),
                 *args[2:],
             )
+        if function is torch.tensor:  # of numbers on the GPU, which it reads
+            args = (mapped(torch.Tensor.cpu, args[0]), *args[1:])
         meant = any(is_device(a, "meta") for a in (*args, *kwargs.values()))
         args = [META if is_device(a, "cuda") else a for a in args]
         kwargs = {name: META if is_device(a, "cuda") else a for name, a in kwargs.items()}
@@ -194,7 +196,7 @@ def backward(loss):
 def fake_gpu():
     """Inside, "cuda" is the fake GPU."""
     answers = {"is_available": True, "is_bf16_supported": True, "synchronize": None}
-    answers |= {"max_memory_allocated": 0, "reset_peak_memory_stats": None}
+    answers |= {"max_memory_allocated": 0, "get_device_name": "pretended"}
     with ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(

@@ -1,746 +1,312 @@
-"""Tests: every family of models against its diffusers pipeline, on small random models of the same classes.
+"""Tests: every pipeline as a flow, against itself, on small random models of the published classes.
 
 pytest -q tests/test_models.py
 """
 
 import argparse
 import json
-import os
-import re
 import shutil
 import sys
-import warnings
 import weakref
-from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
-import peft
 import pytest
 import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError
-from safetensors.torch import load_file, save_file
 
 import fdflow
+import models.flow
+import models.text
 import sample
 import train
 from fdflow import LoRA, Problem, central_difference, fdfo, spsa
-from models import flows
-from models.flows import load_flow
-from models.lora_files import layers_named, load_lora, save_lora
-from models.table import MODELS, TINY, fill_defaults, find_model, load_pipeline
+from models.lora_files import layers_named
+from models.table import MODELS, find_model, load_pipeline
 from rewards import Reward
-from support.commands import size
+from support.arguments import size
 from support.errors import UserError
 from support.evaluation import Counted
 from tests.fake_gpu import fake_gpu
+from tests.models import (
+    PROMPTS,
+    folder,
+    load_theirs,
+    make_flow,
+    random_lora,
+    shared_flow,
+    their_images,
+)
+from tests.pipelines import PIPELINES
 
-torch.set_num_threads(1)
-PROMPTS = ["red apple", "robot", "sun"]
-
-
-# ---- pipelines made from configurations, with the schedulers as published
-
-
-def clip(width, projection=16):
-    config = transformers.CLIPTextConfig(
-        vocab_size=2048, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=16, projection_dim=projection,
-        eos_token_id=2047, bos_token_id=2046, pad_token_id=2047,
-    )  # fmt: skip
-    return config, transformers.AutoTokenizer.from_pretrained(TINY / "tiny-sd3" / "tokenizer")
-
-
-def t5(width):
-    letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0), *letters]
-    config = transformers.T5Config(
-        vocab_size=len(vocab), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2
-    )
-    return transformers.T5EncoderModel(config), transformers.T5Tokenizer(vocab=vocab, extra_ids=0)
+SEEDS = [5, 6, 7]
+# the same float32 operations in other batches: a hundredth of a level of 255
+SAME = 4e-5
+# one of each way to be guided, to take text and to predict
+FEW = ["sdxl", "sd3", "flux2-klein", "qwen-image", "z-image"]
 
 
-def vae(channels, **options):
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16), down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=channels, norm_num_groups=4, **options,
-    )  # fmt: skip
+def some_in_ci(names, in_every_run=FEW):
+    """Parameters of a test of which only a few run everywhere."""
+    return [n if n in in_every_run else pytest.param(n, marks=pytest.mark.ci) for n in names]
 
 
-def sd3(with_t5=True, **shift):
-    (config, tokenizer), (encoder_3, tokenizer_3) = clip(16), t5(40)
-    transformer = diffusers.SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=16, num_layers=3, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=40, caption_projection_dim=16, pooled_projection_dim=32,
-        out_channels=16, pos_embed_max_size=12, dual_attention_layers=(0, 1), qk_norm="rms_norm",
-    )  # fmt: skip
-    return diffusers.StableDiffusion3Pipeline(
-        transformer, diffusers.FlowMatchEulerDiscreteScheduler(**shift or {"shift": 3.0}),
-        vae(16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
-        transformers.CLIPTextModelWithProjection(config), tokenizer,
-        transformers.CLIPTextModelWithProjection(config), tokenizer,
-        encoder_3 if with_t5 else None, tokenizer_3 if with_t5 else None,
-    )  # fmt: skip
+def size_for(name):
+    """Not a square, where the model draws others."""
+    return "64" if name == "tiny" else "64x96"
 
 
-def flux(guidance_embeds):
-    (config, tokenizer), (encoder_2, tokenizer_2) = clip(16), t5(24)
-    transformer = diffusers.FluxTransformer2DModel(
-        in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=24, pooled_projection_dim=16, axes_dims_rope=(4, 6, 6),
-        guidance_embeds=guidance_embeds,
-    )  # fmt: skip
-    shift = {"shift": 3.0, "use_dynamic_shifting": True} if guidance_embeds else {"shift": 1.0}
-    return diffusers.FluxPipeline(
-        diffusers.FlowMatchEulerDiscreteScheduler(**shift),
-        vae(16, scaling_factor=0.3611, shift_factor=0.1159),
-        transformers.CLIPTextModel(config), tokenizer, encoder_2, tokenizer_2, transformer,
-    )  # fmt: skip
+# ---- images
 
 
-BETAS = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "steps_offset": 1,
-}
+@pytest.mark.parametrize("name", ["tiny", *PIPELINES])
+def test_images_are_those_of_the_pipeline(name):
+    """Guided and not, not square, and prompts of different length in one batch."""
+    pipe = load_theirs(folder(name))
+    for guidance in (0.0, 3.0):
+        flow = shared_flow(name, steps=3, guidance=guidance, size=size_for(name))
+        images = flow.images(torch.arange(3), SEEDS)
+        theirs = their_images(pipe, flow, PROMPTS, SEEDS, steps=3)
+        assert images.shape == theirs.shape == (3, 3, 64 if name == "tiny" else 96, 64)
+        assert images.flatten(1).std(1).min() > 0.02 and (images[0] - images[1]).abs().mean() > 0.01
+        assert (images - theirs).abs().max() < SAME
 
 
-def unet(cross, **options):
-    return diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=(2, 4),
-        norm_num_groups=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=cross, use_linear_projection=True, **options,
-    )  # fmt: skip
+def test_what_is_left_out_of_a_flow_shows_in_its_images():
+    """Churn, a time of another step, the guidance, another prompt: the test above notices each."""
+    flow = shared_flow("sd3", steps=3, guidance=3.0, size="64x96")
+    theirs = their_images(load_theirs(folder("sd3")), flow, PROMPTS, SEEDS, steps=3)
+
+    def difference(times=flow.times, churn=0.0, flow=flow, cond=torch.arange(3)):
+        noise = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            x = fdflow.sample(
+                flow.velocity, flow.noise(SEEDS), cond, times, churn,
+                lambda x: torch.randn(x.shape, generator=noise),
+            )  # fmt: skip
+            return (flow.decode(x) - theirs).abs().max()
+
+    assert difference() < SAME
+    assert difference(churn=0.01) > 100 * SAME
+    assert difference(times=[flow.times[0], flow.times[1] - 0.01, *flow.times[2:]]) > 100 * SAME
+    assert difference(cond=torch.tensor([0, 1, 1])) > 100 * SAME
+    unguided = shared_flow("sd3", steps=3, guidance=0.0, size="64x96")
+    assert difference(flow=unguided) > 100 * SAME
 
 
-def sd(scheduler):
-    config, tokenizer = clip(16)
-    return diffusers.StableDiffusionPipeline(
-        vae(4), transformers.CLIPTextModel(config), tokenizer, unet(16), scheduler, None, None,
-        requires_safety_checker=False,
-    )  # fmt: skip
+def test_a_pipeline_may_write_into_the_prompts_it_is_given():
+    """Z-Image puts its chat template into the caller's own list: ours are never shown to it."""
+    pipe = load_theirs(folder("z-image"))
+    prompts = ["red apple"]
+    pipe.encode_prompt(prompts)
+    assert prompts != ["red apple"]
+
+    flow = make_flow(folder("z-image"), prompts := ["red apple", "sun"], steps=1)
+    assert prompts == ["red apple", "sun"] and flow.prompts == prompts
 
 
-def sdxl(scheduler):
-    (config, tokenizer), (config_2, _) = clip(16), clip(24)
-    network = unet(
-        40,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=64,
-    )
-    return diffusers.StableDiffusionXLPipeline(
-        vae(4, scaling_factor=0.13025), transformers.CLIPTextModel(config),
-        transformers.CLIPTextModelWithProjection(config_2), tokenizer, tokenizer, network, scheduler,
-    )  # fmt: skip
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "qwen-image", "z-image"])
+def test_a_negative_prompt_is_that_of_the_pipeline(name):
+    flow = make_flow(folder(name), PROMPTS[:2], steps=2, guidance=4, negative="a smudge")
+    theirs = their_images(load_theirs(folder(name)), flow, PROMPTS[:2], SEEDS, steps=2)
+    images = flow.images(torch.arange(2), SEEDS[:2])
+    assert (images - theirs).abs().max() < SAME
+    without = make_flow(folder(name), PROMPTS[:2], steps=2, guidance=4)
+    assert (images - without.images(torch.arange(2), SEEDS[:2])).abs().max() > 0.001
 
 
-PIPELINES = {
-    "tiny": lambda: None,  # the bundled one
-    "sd3": lambda: sd3(),
-    "sd3-without-t5": lambda: sd3(with_t5=False),
-    "sd3-dynamic-shift": lambda: sd3(use_dynamic_shifting=True),
-    "flux-schnell": lambda: flux(False),
-    "flux-dev": lambda: flux(True),
-    "sd-turbo": lambda: sd(diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing")),
-    "sd1.5": lambda: sd(diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True)),
-    "sd2.1": lambda: sd(
-        diffusers.DDIMScheduler(**BETAS, prediction_type="v_prediction", clip_sample=False)
-    ),
-    "sdxl-turbo": lambda: sdxl(
-        diffusers.EulerAncestralDiscreteScheduler(**BETAS, timestep_spacing="trailing")
-    ),
-    "sdxl": lambda: sdxl(diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading")),
-}
-# one of each network
-FAMILIES = ["sd3", "flux-schnell", "sd-turbo", "sdxl"]
+def test_a_negative_prompt_that_a_pipeline_does_not_take_is_an_error():
+    with pytest.raises(UserError, match="--negative: this model's pipeline takes none"):
+        make_flow(folder("flux2-klein"), negative="a smudge")
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Every pipeline saved as its own folder, beside the tiny CLIP and aesthetic head: {name: path}."""
-    top, paths = tmp_path_factory.mktemp("models"), {}
-    for name in ("tiny-clip", "tiny-aesthetic"):
-        (top / name).symlink_to(TINY / name)
-    for name, make in PIPELINES.items():
-        torch.manual_seed(0)
-        pipe, paths[name] = make(), top / name
-        if pipe is None:
-            paths[name] = TINY / "tiny-sd3"
-            continue
-        for part in ("transformer", "unet"):  # the output layers start at zero, or do too little
-            for key, p in getattr(pipe, part, torch.nn.Module()).named_parameters():
-                p.data += 0.05 * torch.randn(p.shape)
-        pipe.save_pretrained(paths[name])
-    return paths
+# ---- times
 
 
-def make_flow(path, prompts=PROMPTS, cache=None, **options):
-    """The flow that the command line would make with these options."""
-    names = ["steps", "size", "guidance", "device", "dtype", "batch", "compile", "checkpointing"]
-    args = argparse.Namespace(model=str(path), **dict.fromkeys(names) | {"size": "64"} | options)
-    return load_flow(fill_defaults(args), args, prompts, cache)
-
-
-def load_theirs(path):
-    """The pipeline as diffusers loads it, with its scheduler as an Euler one where it is of another kind."""
-    index = json.loads((path / "model_index.json").read_text())
-    absent = {key: None for key, kind in index.items() if kind == [None, None]}
-    pipe = getattr(diffusers, index["_class_name"]).from_pretrained(path, **absent)
-    if index["scheduler"][1] not in ("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"):
-        pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def pipeline_images(pipe, prompts, seeds, steps, guidance, size="64", tokens=256):
-    width, height = (int(side) for side in (size.split("x") * 2)[:2])
-    options = {} if hasattr(pipe, "unet") else {"max_sequence_length": tokens}
-    return pipe(
-        prompts, num_inference_steps=steps, guidance_scale=guidance, height=height, width=width,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds], output_type="pt", **options,
-    ).images  # fmt: skip
-
-
-CASES = [(name, 4, 1.0, "64") for name in PIPELINES if name != "flux-dev"]
-CASES += [("tiny", 5, 4.0, "64"), ("sd3", 4, 5.0, "64x96"), ("sd3-without-t5", 4, 5.0, "64")]
-CASES += [
-    ("sd3-dynamic-shift", 3, 1.0, "96x64"),
-    ("flux-dev", 4, 3.5, "64x96"),
-    ("flux-dev", 4, 1.0, "96x64"),
-]
-CASES += [("sd-turbo", 1, 1.0, "64"), ("sd1.5", 4, 7.5, "64x96"), ("sd2.1", 4, 5.0, "96x64")]
-CASES += [("sdxl-turbo", 1, 1.0, "64"), ("sdxl", 4, 5.0, "96x64")]
-
-
-@pytest.mark.parametrize("name, steps, guidance, size", CASES)
-def test_images_are_those_of_the_pipeline(folders, name, steps, guidance, size):
-    seeds = [5, 6, 7]
-    flow = make_flow(folders[name], ["unused", *PROMPTS], steps=steps, guidance=guidance, size=size)
-    images = flow.images(torch.tensor([1, 2, 3]), seeds, batch=2)
-    tokens = 1 if name == "tiny" else 512 if name == "flux-dev" else 256
-    theirs = pipeline_images(
-        load_theirs(folders[name]), PROMPTS, seeds, steps, guidance, size, tokens
-    )
-    assert images.shape == theirs.shape and images.flatten(1).std(1).min() > 0.02
-    assert (images[0] - images[1]).abs().mean() > 0.01
-    # the same float32 operations in other batches: a hundredth of a pixel level of 1 / 255
-    assert (images - theirs).abs().max() < 4e-5
-
-
-def test_roll_outs_leave_out_only_a_step_that_moves_nothing(folders):
-    flow = make_flow(folders["tiny"], steps=4, guidance=1)
-    assert flow.times[:3] + flow.times[4:] == flow.train_times and len(flow.times) == 5
-    eps, cond = flow.noise([0, 1, 2]), torch.arange(3)
+@pytest.mark.parametrize("name", ["tiny", *PIPELINES])
+def test_every_image_may_have_its_own_time(name):
+    flow = shared_flow(name, steps=3, guidance=3.0, size=size_for(name))
+    assert flow.takes_times == (name != "auraflow")  # which makes a number of its time
+    x, cond, order = flow.noise(SEEDS), torch.tensor([2, 0, 1]), [2, 0, 1]
+    times = torch.tensor(flow.times)[order]
     with torch.no_grad():
-        images = [
-            flow.decode(fdflow.sample(flow.velocity, eps, cond, times))
-            for times in (flow.times, flow.train_times)
+        v = flow.velocity(x, times, cond)
+        alone = [
+            flow.velocity(x[i : i + 1], flow.times[k], cond[i : i + 1]) for i, k in enumerate(order)
         ]
-    assert 0 < (images[0] - images[1]).abs().max() < 1 / 255
-    assert make_flow(folders["sd-turbo"], steps=4, guidance=1).train_times[-2] > 0.2
+        other = flow.velocity(x, flow.times[1], cond)
+    torch.testing.assert_close(v, torch.cat(alone), rtol=1e-4, atol=1e-5 * v.abs().max().item())
+    assert not torch.allclose(v[1], other[1], rtol=1e-2)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_roll_outs_may_take_fewer_steps_than_drawing(folders, name):
-    flow = make_flow(folders[name], steps=6, rollout_steps=3, guidance=1)
-    six, three = (make_flow(folders[name], steps=steps, guidance=1) for steps in (6, 3))
-    assert flow.times == six.times and flow.train_times == three.train_times
-    eps, cond = three.noise([0, 1]), torch.arange(2)
-    with torch.no_grad():
-        x = fdflow.sample(flow.velocity, eps, cond, flow.train_times)
-        assert torch.equal(x, fdflow.sample(three.velocity, eps, cond, three.train_times))
-    assert torch.equal(flow.images(cond, [0, 1]), six.images(cond, [0, 1]))
-
-
-def test_schedule_has_the_shift_of_the_pipeline(folders):
-    times = make_flow(folders["sd3"], steps=4).times
-    # SD3's shift, 3 t / (1 + 2 t), counts twice: the steps are even down to 1 / 1000 shifted, then shifted
+def test_schedule_has_the_shift_of_the_pipeline():
+    times = shared_flow("sd3", steps=4).times
+    # SD3's shift, 3 t / (1 + 2 t), counts twice: the steps are even down to 1 / 1000 shifted, then
+    # shifted again
     low = 3 * 0.001 / (1 + 2 * 0.001)
     even = [1, (2 + low) / 3, (1 + 2 * low) / 3, low]
     assert times[:-1] == pytest.approx([3 * t / (1 + 2 * t) for t in even], abs=1e-6)
     assert times[-1] == 0 and len(times) == 5
 
 
-@pytest.mark.parametrize(
-    "name, guidance", [*((name, 1) for name in FAMILIES), ("sd3", 4), ("sdxl", 4)]
-)
-def test_every_image_may_have_its_own_time(folders, name, guidance):
-    flow = make_flow(folders[name], steps=3, guidance=guidance)
-    x, cond, times = (
-        flow.noise([0, 1, 2]),
-        torch.tensor([2, 0, 1]),
-        torch.tensor(flow.times)[[2, 0, 1]],
-    )
+def test_roll_outs_leave_out_only_a_step_that_moves_nothing():
+    flow = shared_flow("tiny", steps=4, guidance=1)
+    assert flow.times[:3] + flow.times[4:] == flow.train_times and len(flow.times) == 5
+    eps, cond = flow.noise(SEEDS), torch.arange(3)
     with torch.no_grad():
-        v = flow.velocity(x, times, cond)
-        alone = [
-            flow.velocity(x[i : i + 1], flow.times[k], cond[i : i + 1])
-            for i, k in enumerate((2, 0, 1))
-        ]
-    # the same float32 operations, one image at a time
-    torch.testing.assert_close(v, torch.cat(alone), rtol=1e-4, atol=1e-5 * v.abs().max().item())
-    assert not torch.allclose(v[1], flow.velocity(x, flow.times[1], cond)[1], rtol=1e-2)
-
-
-# ---- prompts
-
-
-@pytest.mark.parametrize("name", ["sd3", "flux-schnell", "sdxl"])
-def test_text_encoders_come_one_at_a_time_and_are_gone_before_the_network_moves(
-    folders, name, monkeypatch
-):
-    loaded, moved = {}, []
-    module_to = torch.nn.Module.to
-
-    def load(model, dtype, encoder=None):
-        assert not [
-            kept for parts in loaded.values() for part in parts if (kept := part()) is not None
-        ]
-        pipe = load_pipeline(model, dtype, encoder)
-        parts = {
-            key: part for key, part in pipe.components.items() if isinstance(part, torch.nn.Module)
-        }
-        assert set(parts) == (
-            {encoder} if encoder else {flows.FAMILIES[type(pipe).__name__].network_name, "vae"}
+        whole, short = (
+            flow.decode(fdflow.sample(flow.velocity, eps, cond, times))
+            for times in (flow.times, flow.train_times)
         )
-        if encoder:
-            loaded[encoder] = [weakref.ref(p) for p in parts[encoder].parameters()]
+    assert 0 < (whole - short).abs().max() < 1 / 255
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "cogview4"])
+def test_roll_outs_may_take_fewer_steps_than_drawing(name):
+    flow = make_flow(folder(name), steps=6, rollout_steps=3, guidance=1)
+    three = shared_flow(name, steps=3, guidance=1)
+    assert flow.train_times == three.train_times and len(flow.times) == 7
+    eps, cond = three.noise([0, 1]), torch.arange(2)
+    with torch.no_grad():
+        x, x_three = (fdflow.sample(f.velocity, eps, cond, f.train_times) for f in (flow, three))
+    torch.testing.assert_close(x, x_three)
+
+
+# ---- text
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_text_encoders_are_gone_before_the_network_comes(name, monkeypatch):
+    encoders = []
+    load = models.flow.load_pipeline
+
+    def load_and_look(*args, without, **options):
+        assert encoders and all(p() is None for p in encoders)
+        assert not {"transformer", "unet", "vae"} & {*without}
+        pipe = load(*args, without=without, **options)
+        networks = [k for k, part in pipe.components.items() if isinstance(part, torch.nn.Module)]
+        assert sorted(networks) == sorted(["vae", "unet" if name == "sdxl" else "transformer"])
         return pipe
 
-    def to(module, *args, **options):
-        encoders = [
-            key for key, parts in loaded.items() if any(part() is not None for part in parts)
-        ]
-        moved.append((type(module).__name__, len(encoders)))
-        return module_to(module, *args, **options)
+    def load_encoders(*args, without):
+        assert {*without} == {"transformer", "unet", "vae"}
+        pipe = load(*args, without=without)
+        modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
+        encoders.extend(weakref.ref(p) for module in modules for p in module.parameters())
+        return pipe
 
-    monkeypatch.setattr(flows, "load_pipeline", load)
-    monkeypatch.setattr(torch.nn.Module, "to", to)
-    make_flow(folders[name], [f"{word} {i}" for word in PROMPTS for i in range(50)])
-    assert len(loaded) == {"sd3": 3, "flux-schnell": 2, "sdxl": 2}[name]
-    assert moved[-1][1] == moved[-2][1] == 0  # VAE and network
-    assert {count for kind, count in moved if "Model" in kind and "2D" not in kind} == {1}
+    monkeypatch.setattr(models.flow, "load_pipeline", load_and_look)
+    monkeypatch.setattr(models.text, "load_pipeline", load_encoders)
+    make_flow(folder(name), steps=1)
+    assert encoders
 
 
-@pytest.mark.parametrize("guidance", [1, 3])
-def test_embeddings_are_kept_once_for_each_distinct_prompt(folders, guidance):
-    prompts = [f"{word} {i}" for word in PROMPTS for i in range(40)]
-    many = make_flow(folders["sdxl"], prompts * 5, steps=1, guidance=guidance)
-    for chunks in many.embeddings:
-        assert sum(len(chunk) for chunk in chunks) == len(prompts) + (guidance > 1)
-    one = make_flow(folders["sdxl"], [prompts[100]], steps=1, guidance=guidance)
-    images = many.images(torch.tensor([100, 4 * len(prompts) + 100]), [7, 7])
+@pytest.mark.parametrize("name", ["sdxl", "qwen-image"])
+def test_text_is_kept_once_for_each_prompt_that_is_needed(name, monkeypatch):
+    monkeypatch.setattr(models.text, "CHUNK", 3)
+    prompts = [f"{word} {i}" for word in PROMPTS for i in range(3)]
+    many = make_flow(folder(name), prompts * 5, needed=[0, 7, 7, 16, 40], steps=2, guidance=3)
+    assert set(many.outputs) == {prompts[0], prompts[7], prompts[4], ""}
+    one = make_flow(folder(name), [prompts[7]], steps=2, guidance=3)
+    images = many.images(torch.tensor([7, 25, 43]), [7, 7, 7])
     # other prompts in the batch of the encoder
     assert (images - one.images(torch.tensor([0]), [7])).abs().max() < 1e-5
+    with pytest.raises(KeyError):
+        many.images(torch.tensor([1]), [7])
 
 
-def test_many_embeddings_are_mapped_from_files_and_found_again(folders, tmp_path, monkeypatch):
-    def forbid(*args):
-        raise AssertionError
-
-    def make(prompts=PROMPTS, cache=tmp_path / "cache", path=folders["sd3"], **options):
-        return make_flow(path, prompts, cache, steps=2, guidance=3, **options)
-
-    expected = make().images(torch.arange(3), range(3))
-    assert not (tmp_path / "cache").exists()  # so few stay in memory
-    monkeypatch.setattr(flows, "IN_MEMORY", 1)
-    monkeypatch.setattr(flows, "CHUNK", 2)
-    written = make()
-    files = sorted((tmp_path / "cache").rglob("*"))[1:]
-    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    assert [file.name for file in files] == sorted(
-        f"{name}-{i:06}.pt" for name in encoders for i in (0, 2)
-    )
-    if Path("/proc/self/maps").exists():
-        maps = Path("/proc/self/maps").read_text()
-        assert all(str(file) in maps for file in files)
-    # encoded two at a time
-    assert (written.images(torch.arange(3), range(3)) - expected).abs().max() < 1e-5
-    with monkeypatch.context() as patch:
-        patch.setattr(flows.Flow, "run_encoder", forbid)
-        again = make()
-        assert torch.equal(
-            again.images(torch.arange(3), range(3)), written.images(torch.arange(3), range(3))
-        )
-        assert not [
-            part
-            for part in again.pipe.components
-            if "encoder" in part and getattr(again.pipe, part)
-        ]
-        shutil.copytree(folders["sd3"], tmp_path / "other")
-        for change in (
-            {"prompts": PROMPTS[::-1]},
-            {"dtype": "bfloat16"},
-            {"path": tmp_path / "other"},
-        ):
-            with pytest.raises(AssertionError):  # these are not the same embeddings
-                make(**change)
-    files[0].write_bytes(files[0].read_bytes()[:100])
-    with pytest.raises(UserError, match="is damaged, delete it"):
-        make()
-
-
-def test_embeddings_appear_whole_or_not_at_all_and_other_processes_wait(tmp_path, monkeypatch):
-    def fail():
-        raise OSError("no space left on device")
-
-    def first_process(seconds):
-        monkeypatch.setenv("LOCAL_RANK", "0")
-        flows.tensors_in(file, lambda: [torch.ones(2, 3)])
-        monkeypatch.setenv("LOCAL_RANK", "1")
-
-    file = tmp_path / "folder" / "text_encoder-000000.pt"
-    with pytest.raises(OSError):
-        flows.tensors_in(file, fail)
-    assert not file.exists()
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(flows.time, "sleep", first_process)
-    (tensor,) = flows.tensors_in(file, fail)
-    assert torch.equal(tensor, torch.ones(2, 3)) and os.listdir(file.parent) == [file.name]
-
-
-# ---- LoRA files
-
-
-def random_lora(flow, which="attention", seed=0):
-    """A LoRA that changes the images."""
-    generator = torch.Generator().manual_seed(seed)
-    lora = LoRA(
-        flow.network, layers_named(flow.network, which), rank=4, alpha=8, generator=generator
-    )
-    for layer in lora.layers.values():
-        layer.B.data = 0.2 * torch.randn(layer.B.shape, generator=generator)
-    return lora
-
-
-@pytest.mark.parametrize("name", ["tiny", *FAMILIES])
-def test_lora_loads_in_diffusers(folders, name, tmp_path):
-    cond, seeds, pipe = torch.tensor([0, 1]), [0, 1], load_theirs(folders[name])
-    base = make_flow(folders[name], steps=4, guidance=1).images(cond, seeds)
-    for which in ("attention", "all", "modulation"):
-        flow = make_flow(folders[name], steps=4, guidance=1)
-        lora = random_lora(flow, which)
-        changed = flow.images(cond, seeds)
-        assert (changed - base).abs().mean() > 0.003
-        with lora.switched_off():
-            assert torch.equal(flow.images(cond, seeds), base)
-        save_lora(lora, tmp_path / "lora.safetensors", flow.network_name)
-        pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
-        theirs = pipeline_images(
-            pipe, PROMPTS[:2], seeds, 4, 1.0, tokens=1 if name == "tiny" else 256
-        )
-        pipe.unload_lora_weights()
-        # float32, but W x + B A x is summed in another order
-        assert (theirs - changed).abs().max() < 1e-4
-        again = make_flow(folders[name], steps=4, guidance=1)
-        load_lora(again, tmp_path)
-        assert (again.images(cond, seeds) - changed).abs().max() < 1e-4
-
-
-def test_layers_are_those_named(folders):
-    networks = {
-        name: make_flow(folders[name]).network for name in ("sd3", "flux-schnell", "sd-turbo")
-    }
-
-    def names(family, which):
-        return layers_named(networks[family], which)
-
-    ends = {name.split("attn.")[1] for name in names("sd3", "attention") if "attn." in name}
-    assert ends == {
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    }
-    last = names("sd3", "last")
-    assert len(last) == 8 and last[-2:] == [
-        f"transformer_blocks.2.attn.{end}" for end in ("to_v", "to_out.0")
-    ]
-    modulation = [
-        f"transformer_blocks.{i}.{part}.linear"
-        for i in range(3)
-        for part in ("norm1", "norm1_context")
-    ]
-    assert names("sd3", "modulation") == modulation
-    assert set(names("sd3", "attention") + modulation) < set(names("sd3", "all"))
-    assert {name.split(".")[0] for name in names("flux-schnell", "all")} == {
-        "transformer_blocks",
-        "single_transformer_blocks",
-    }
-    unet = names("sd-turbo", "modulation")
-    assert len(unet) == 8 and all(name.endswith("time_emb_proj") for name in unet)
-    assert names("sd-turbo", "to_q,ff.net.2") == [
-        name for name in names("sd-turbo", "all") if name.endswith(("to_q", "ff.net.2"))
-    ]
-    for which, absent in (("to_q,to_x", "'?to_x'?$"), ("", ""), ("norm1", "norm1")):
-        with pytest.raises(UserError, match=f"^--layers: this model has no linear layer {absent}"):
-            names("sd3", which)
-
-
-PEFT = {
-    "plain": {},
-    "rsLoRA": {"use_rslora": True},
-    "DoRA": {"use_dora": True},
-    "biases": {"lora_bias": True},
-    "convolutions": {"target_modules": ["to_q", "pos_embed.proj"]},
-    "dropout": {"lora_dropout": 0.5},
-    "patterns": {
-        "rank_pattern": {"blocks.1.attn.to_q": 2, "to_out.0": 5},
-        "alpha_pattern": {"to_q": 1, r"transformer_blocks\.[2-4]\.attn\.to_out\.0": 11},
-    },
-}
-
-
-@pytest.mark.filterwarnings("ignore:Adapter .* have invalid shape")  # biases, says peft as it saves
-@pytest.mark.parametrize("kind", PEFT)
-def test_lora_of_peft_loads_here(folders, kind, tmp_path):
-    torch.manual_seed(0)
-    pipe = load_theirs(folders["tiny"])
-    options = {
-        "r": 3,
-        "lora_alpha": 7,
-        "target_modules": ["to_q", "to_out.0"],
-        "init_lora_weights": False,
-    }
-    base = pipeline_images(pipe, ["robot"], [3], 4, 1.0, tokens=1)
-    pipe.transformer.add_adapter(peft.LoraConfig(**options | PEFT[kind]))
-    pipe.transformer.eval()  # without dropout
-    expected = pipeline_images(pipe, ["robot"], [3], 4, 1.0, tokens=1)
-    assert (expected - base).abs().max() > 0.05
-    layers = peft.get_peft_model_state_dict(pipe.transformer)
-    metadata = diffusers.training_utils._collate_lora_metadata({"transformer": pipe.transformer})
-    pipe.save_lora_weights(tmp_path, layers, **metadata)
-    flow = make_flow(folders["tiny"], ["robot"])
-    load_lora(flow, tmp_path)
-    assert (flow.images(torch.tensor([0]), [3]) - expected).abs().max() < 1e-4
-
-
-LAYOUTS = {  # a model, and how another program names the layers and matrices of its LoRA
-    "kohya, SD": ("sd-turbo", "lora_unet_", "lora_down", "lora_up", "_"),
-    "kohya, SDXL": ("sdxl", "lora_unet_", "lora_down", "lora_up", "_"),
-    "diffusers, SD": ("sd-turbo", "unet.", "lora_A", "lora_B", "."),
-    "diffusers, Flux": ("flux-schnell", "transformer.", "lora_A", "lora_B", "."),
-    "half kohya, Flux": ("flux-schnell", "transformer.", "lora_down", "lora_up", "."),
-}
-
-
-@pytest.mark.parametrize("with_alphas", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_files_of_other_programs_load_with_their_alphas(folders, layout, with_alphas, tmp_path):
-    name, start, A, B, dot = LAYOUTS[layout]
-    ours, theirs = (make_flow(folders[name], steps=2, guidance=1) for _ in range(2))
-    tensors, rank = {}, 4
-    for i, (key, layer) in enumerate(random_lora(ours).layers.items()):
-        key = start + key.replace(".", dot)
-        tensors |= {f"{key}.{A}.weight": layer.A.detach(), f"{key}.{B}.weight": layer.B.detach()}
-        alpha = [rank, 1.0, 2.0][i % 3] if with_alphas else rank
-        if alpha != rank:  # which is the alpha of a layer that has none in the file
-            tensors[f"{key}.alpha"] = torch.tensor(alpha)
-        layer.scale = alpha / rank
-    save_file(tensors, tmp_path / "lora.safetensors")
-    load_lora(theirs, tmp_path)
-    # the same float32 operations in another order
-    cond = torch.arange(3)
-    assert (ours.images(cond, [1, 2, 3]) - theirs.images(cond, [1, 2, 3])).abs().max() < 1e-4
-
-
-def test_a_fused_layer_is_split(folders, tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    A, B = (torch.randn(shape, generator=generator) / 4 for shape in ((4, 32), (96, 4)))
-    ours, theirs = (make_flow(folders["flux-schnell"], steps=2, guidance=1) for _ in range(2))
-    start = "transformer_blocks.0.attn.to_"
-    lora = LoRA(ours.network, [start + end for end in "qkv"], rank=4)
-    for end, part in zip("qkv", B.split(32)):
-        layer = lora.layers[start + end]
-        layer.A.data, layer.B.data = A, part
-    names = (f"double_blocks.0.processor.qkv_lora1.{matrix}.weight" for matrix in ("down", "up"))
-    save_file(dict(zip(names, (A, B))), tmp_path / "lora.safetensors")
-    load_lora(theirs, tmp_path)
-    cond = torch.arange(3)
-    assert (ours.images(cond, [1, 2, 3]) - theirs.images(cond, [1, 2, 3])).abs().max() < 1e-4
-
-
-Q, FITS_NOT = "transformer.transformer_blocks.0.attn.to_q", "left over or missing"
-BAD_LORAS = [  # what is said, and what is added or taken away
-    (FITS_NOT, {f"{Q}.lora_magnitude_vector": torch.ones(128)}),  # of one layer alone
-    (FITS_NOT, {f"{Q}.dora_scale": torch.ones(128)}),
-    (FITS_NOT, {f"{Q}.lora_B.bias": torch.ones(128)}),
-    (FITS_NOT, {f"{Q}.diff_b.lora": torch.ones(128)}),
-    ("adapts a text encoder", {"text_encoder.q_proj.lora_A.weight": torch.ones(4, 96)}),
-    ("adapts a text encoder", {"lora_te1_q_proj.lora_down.weight": torch.ones(4, 96)}),
-    (FITS_NOT, {"lora_unet_blocks_0_attn_to_q.lora_down.weight": torch.ones(4, 128)}),
-    (FITS_NOT, {"other.lora_A.weight": torch.ones(4, 4), "other.lora_B.weight": torch.ones(4, 4)}),
-    (FITS_NOT, {"transformer.pos_embed.proj.lora_A.weight": torch.ones(4, 16, 1, 1)}),
-    ("", {"transformer.x_embedder.weight": torch.ones(4)}),
-    (FITS_NOT, {f"transformer.block.lora_{m}.weight": torch.ones(4, 4) for m in "AB"}),
-    ("", {f"{Q}.lora_A.weight": torch.ones(4, 127)}),
-    ("", {f"{Q}.lora_B.weight": torch.ones(128, 3)}),
-    ("", {f"{Q}.lora_B.weight": torch.ones(128)}),
-    ("", {f"{Q}.lora_B.weight": torch.ones(128, 0)}),
-    ("", {f"{Q}.lora_A.weight": torch.ones(0, 128)}),
-    (FITS_NOT, {f"{Q}.lora_B.weight": None}),
-    (FITS_NOT, {f"{Q}.lora_A.weight": None}),
-    ("damaged: .* not finite", {f"{Q}.lora_A.weight": torch.full((4, 128), float("nan"))}),
-    ("damaged: .* not finite", {f"{Q}.lora_A.weight": torch.ones(4, 128, dtype=torch.int8)}),
-    ("damaged: .* not finite", {f"{Q}.alpha": torch.tensor(float("inf"))}),
-    ("", {f"{Q}.alpha": torch.ones(2)}),
-]
-BAD_CONFIGURATIONS = [
-    ("alpha that is not finite", {"lora_alpha": float("inf")}),
-    ("alpha that is not finite", {"alpha_pattern": {"to_q": float("inf")}}),
-    (FITS_NOT, {"use_dora": True}),
-    (FITS_NOT, {"lora_bias": True}),
-    ("", {"init_lora_weights": "pissa_niter_4"}),  # which would change the base model
-    ("", {"lora_alpha": None}),
-    ("", {"lora_alpha": "big"}),
-    ("", {"alpha_pattern": [1]}),
-    ("", {"alpha_pattern": {"(": 1}}),
-    ("", {"r": 5}),
-]
-
-
-def test_lora_files_that_cannot_be_applied_in_full_are_refused_in_one_line(
-    folders, tmp_path, capfd
-):
-    flow, path = make_flow(folders["tiny"]), tmp_path / "lora.safetensors"
-    lora = random_lora(make_flow(folders["tiny"]))
-    save_lora(lora, path, "transformer")
-    good, data = load_file(path), path.read_bytes()
-    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=list(lora.layers)).to_dict()
-
-    def complaint():
-        with pytest.raises(UserError) as error:
-            load_lora(flow, path)
-        flow.pipe.unload_lora_weights()
-        assert "\n" not in str(error.value) and f"{path} is no LoRA for this model: " in str(
-            error.value
-        )
-        return str(error.value)
-
-    def configure(change):
-        text = {f"transformer.{key}": value for key, value in (config | change).items()}
-        save_file(good, path, {"lora_adapter_metadata": json.dumps(text, default=list)})
-
-    for said, change in BAD_LORAS:
-        tensors = good | change
-        save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, path)
-        assert re.search(said, complaint()), change
-    save_file({}, path)
-    assert FITS_NOT in complaint()
-    for said, change in BAD_CONFIGURATIONS:
-        configure(change)
-        assert said in complaint(), change
-    for text in ("{", "1", '["a"]', "[" * 10**5, "{}", '{"transformer.lora_alpha": 4}'):
-        save_file(good, path, {"lora_adapter_metadata": text})
-        complaint()
-    for damaged in (
-        b"",
-        data[:100],
-        data[:-1],
-        b"PK\x03\x04",
-        b"\xff" * 100,
-        data[:8] + b"\xe9" + data[9:],
-    ):
-        path.write_bytes(damaged)
-        complaint()
-    path.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
-    assert "its checksum is wrong" in complaint()
-    for absent in (tmp_path / "none", tmp_path / "none.safetensors"):
-        with pytest.raises(UserError, match="no LoRA at"):
-            load_lora(flow, absent)
-    configure({})
-    load_lora(flow, path)  # it was not the rest of the configuration
-    assert capfd.readouterr() == ("", "")
-
-
-def test_lora_of_another_model_is_a_mistake_of_one_line(folders, tmp_path):
-    flow = make_flow(folders["sd-turbo"])
-    save_lora(random_lora(flow), tmp_path / "lora.safetensors", flow.network_name)
-    for name in ("sdxl", "sd3"):
-        with pytest.raises(UserError, match="lora.safetensors is no LoRA for this model"):
-            load_lora(make_flow(folders[name]), tmp_path)
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_lora_has_the_device_and_type_of_its_network(
-    folders, name, device, tmp_path, without_onednn
-):
-    flow, images = make_flow(folders[name], steps=2, guidance=1), []
-    lora = random_lora(flow)
-    save_lora(lora, tmp_path / "lora.safetensors", flow.network_name)
-    images.append(flow.images(torch.arange(2), [0, 1]))
-    with fake_gpu() if device == "cuda" else nullcontext():
-        flow = make_flow(folders[name], steps=2, guidance=1, dtype="bfloat16", device=device)
-        load_lora(flow, tmp_path)
-        matrices = [p for key, p in flow.network.named_parameters() if "lora" in key]
-        assert len(matrices) == len(lora.parameters)
-        assert {(p.device.type, p.dtype, p.requires_grad) for p in matrices} == {
-            (device, torch.bfloat16, False)
-        }
-        images.append(flow.images(torch.arange(2), [0, 1]))
-    assert (images[0] - images[1]).abs().mean() < 0.01  # as without a LoRA
+def test_what_all_prompts_share_is_kept_once():
+    """Flux's places of tokens, and with guidance the outputs for the negative prompt."""
+    for name, shared in (("flux-dev", [2]), ("sd3", [1, 3])):
+        outputs = list(shared_flow(name, steps=3, guidance=3.0, size="64x96").outputs.values())
+        for i in range(len(outputs[0])):
+            same = all(row[i] is outputs[0][i] for row in outputs[:3])
+            assert same == (i in shared)
 
 
 # ---- training
 
 
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "z-image", "krea2"])
+def test_a_population_sees_each_its_own_parameters_with_guidance_too(name):
+    """Where images go through the network twice, or as a list, or in two calls."""
+    flow = make_flow(folder(name), steps=3, guidance=3)
+    lora = random_lora(flow, "last")
+    M, images = 3, 6
+    P = sum(p.numel() for p in lora.parameters)
+    offsets = 0.1 * torch.randn(M, P, generator=torch.Generator().manual_seed(0))
+    x, cond = flow.noise(range(images)), torch.tensor([0, 1, 2, 2, 1, 0])
+    t = flow.times[0]
+    with torch.no_grad():
+        with lora.perturbed(offsets):
+            together = flow.velocity(x, t, cond)
+        for i in range(images):
+            with lora.perturbed(offsets[i % M][None]):
+                alone = flow.velocity(x[i : i + 1], t, cond[i : i + 1])
+            torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-3, atol=1e-4)
+            if i >= M:
+                with lora.perturbed(offsets[(i + 1) % M][None]):
+                    other = flow.velocity(x[i : i + 1], t, cond[i : i + 1])
+                assert not torch.allclose(other, alone, rtol=1e-3, atol=1e-4)
+
+
+def test_a_population_refuses_prompts_that_cannot_share_a_call():
+    flow = make_flow(folder("qwen-image"), steps=3, guidance=1)
+    lora = random_lora(flow, "last")
+    P = sum(p.numel() for p in lora.parameters)
+    with lora.perturbed(torch.zeros(2, P)), torch.no_grad():
+        flow.velocity(flow.noise([0, 1]), 1.0, torch.tensor([1, 1]))
+        with pytest.raises(UserError, match="use --batch 1"):
+            flow.velocity(flow.noise([0, 1]), 1.0, torch.tensor([0, 1]))
+
+
 ESTIMATORS = {
-    "fdfo": lambda *args: fdfo(*args, churn=0.1, train_steps=2, kl=0.1),
+    "fdfo": fdfo,
     "spsa": lambda *args: spsa(*args, directions=2),
     "central": lambda *args: central_difference(*args, coordinates=2),
 }
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_training_changes_the_lora_and_nothing_else(folders, name, estimator):
-    flow = make_flow(folders[name], steps=3, guidance=1)
+@pytest.mark.parametrize("name", ["sd3", "sdxl"])
+def test_training_changes_the_lora_and_nothing_else(name, estimator):
+    flow = make_flow(folder(name), steps=3, guidance=1)
     layers = layers_named(flow.network, "attention" if estimator == "fdfo" else "last")
     lora = LoRA(flow.network, layers, rank=2, generator=torch.Generator().manual_seed(0))
-    parts = {"network": flow.network, "vae": flow.vae}
-    before = {part: {k: v.clone() for k, v in m.state_dict().items()} for part, m in parts.items()}
-    problem = Problem(
-        flow.velocity, lambda x, cond: flow.decode(x).mean((1, 2, 3)), lora, flow.times, batch=4
-    )
+    before = {k: v.clone() for k, v in flow.network.state_dict().items()}
+    before_vae = {k: v.clone() for k, v in flow.vae.state_dict().items()}
+
+    def brightness(x, cond):
+        return flow.decode(x).mean((1, 2, 3))
+
+    problem = Problem(flow.velocity, brightness, lora, flow.times, batch=4)
     optimizer = torch.optim.AdamW(lora.parameters, 1e-3)
     for seed in range(2):  # at the start A has no gradient, since B is zero
         optimizer.zero_grad()
         eps = flow.noise(range(4 * seed, 4 * seed + 4))
-        ESTIMATORS[estimator](
-            problem, eps, torch.tensor([0, 1, 2, 0]), torch.Generator().manual_seed(seed)
-        )
+        generator = torch.Generator().manual_seed(seed)
+        ESTIMATORS[estimator](problem, eps, torch.tensor([0, 1, 2, 0]), generator)
         assert all(p.grad.isfinite().all() for p in lora.parameters)
         optimizer.step()
-    changed = {
-        f"{part}.{k}"
-        for part, m in parts.items()
-        for k, v in m.state_dict().items()
-        if not torch.equal(v, before[part][k])
-    }
-    layers = {f"network.{name}" for name in lora.layers}
-    assert changed <= {f"{layer}.{matrix}" for layer in layers for matrix in "AB"}
-    # every layer, though central differences take two coordinates: weight decay moves the others a little
-    assert {key[:-2] for key in changed} == layers
+
+    after = flow.network.state_dict()
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert changed <= {f"{layer}.{matrix}" for layer in lora.layers for matrix in "AB"}
+    # every layer, though central differences take two coordinates: weight decay moves the others
+    assert {k[:-2] for k in changed} == {*lora.layers}
+    assert all(torch.equal(v, before_vae[k]) for k, v in flow.vae.state_dict().items())
 
 
-def test_a_pair_costs_its_steps_and_no_more(folders):
-    flow, calls = make_flow(folders["sd3"], [*PROMPTS, *PROMPTS], steps=5), {}
+def test_a_pair_costs_its_steps_and_no_more():
+    flow, calls = make_flow(folder("sd3"), [*PROMPTS, *PROMPTS], steps=5, guidance=1), {}
 
-    def count_images(network, args, output):
-        calls[torch.is_grad_enabled()] = calls.get(torch.is_grad_enabled(), 0) + len(args[0])
+    def count_images(network, args, named, output):
+        grad = torch.is_grad_enabled()
+        calls[grad] = calls.get(grad, 0) + len(named["hidden_states"])
 
     lora, velocity = random_lora(flow), Counted(flow.velocity)
-    flow.network.register_forward_hook(count_images)
+    flow.network.register_forward_hook(count_images, with_kwargs=True)
     problem = Problem(velocity, lambda x, cond: x.mean((1, 2, 3)), lora, flow.times, batch=8)
     pairs, cond = 6, torch.arange(6)
     for options, forward, backward in [
@@ -748,11 +314,11 @@ def test_a_pair_costs_its_steps_and_no_more(folders):
         ({"branches": 4, "train_steps": 3, "kl": 1}, 4 * 5 + 3, 3),
     ]:
         calls.clear()
-        fdfo(problem, flow.noise(range(pairs)), cond, torch.Generator().manual_seed(0), **options)
+        eps = flow.noise(range(pairs))
+        fdfo(problem, eps, cond, torch.Generator().manual_seed(0), **options)
         assert calls == {False: forward * pairs, True: backward * pairs}
-        assert (
-            velocity.pop_count() == (forward + 3 * backward) * pairs and velocity.pop_count() == 0
-        )
+        assert velocity.pop_count() == (forward + 3 * backward) * pairs
+        assert velocity.pop_count() == 0
 
 
 @pytest.fixture
@@ -763,17 +329,17 @@ def without_onednn():
     torch.backends.mkldnn.set_flags(*before)
 
 
-@pytest.mark.parametrize(
-    "dtype, tolerance, aligned", [("bfloat16", 0.01, 0.99), ("float16", 0.001, 0.9999)]
-)
-@pytest.mark.parametrize("name", FAMILIES)
+HALF = [("bfloat16", 0.03, 0.95), ("float16", 0.003, 0.999)]  # of 8 or 11 bits
+
+
+@pytest.mark.parametrize("dtype, tolerance, aligned", HALF)
+@pytest.mark.parametrize("name", ["sd3", "sd1.5", "z-image"])
 def test_half_precision_is_float32_but_for_rounding(
-    folders, name, dtype, tolerance, aligned, without_onednn
+    name, dtype, tolerance, aligned, without_onednn
 ):
     cond, images, grads, by_image = torch.tensor([0, 1]), [], [], []
     for kind in ("float32", dtype):
-        guidance = 1 if name == "flux-schnell" else 2
-        flow = make_flow(folders[name], steps=2, guidance=guidance, dtype=kind)
+        flow = make_flow(folder(name), steps=2, guidance=2, dtype=kind)
         assert {p.dtype for p in flow.network.parameters()} == {getattr(torch, kind)}
         lora = random_lora(flow)
         images.append(flow.images(cond, [0, 1]))
@@ -785,140 +351,106 @@ def test_half_precision_is_float32_but_for_rounding(
         grads.append(torch.cat([p.grad.flatten() for p in lora.parameters]))
         by_image.append(x.grad.flatten())
         assert images[-1].dtype == grads[-1].dtype == torch.float32 and grads[-1].norm() > 0
-    # 8 or 11 bits, through a random network and two steps: hundredths or thousandths of the range
+
+    # through a random network and two steps
     assert (images[0] - images[1]).abs().mean() < tolerance
     for pair in (grads, by_image):  # the same direction and size
         assert torch.cosine_similarity(*pair, dim=0) > aligned
-        assert (pair[1].norm() / pair[0].norm()).item() == pytest.approx(1, abs=0.05)
+        assert (pair[1].norm() / pair[0].norm()).item() == pytest.approx(1, abs=0.1)
 
 
-def test_the_vae_computes_in_float32_where_float16_is_too_small_for_it(folders, tmp_path):
-    assert make_flow(folders["sd3"], dtype="bfloat16").vae.dtype == torch.bfloat16
-    assert make_flow(folders["sd3"], dtype="float16").vae.dtype == torch.float32
-    shutil.copytree(folders["sd3"], tmp_path / "sd3")
+def test_the_vae_computes_in_float32_where_float16_is_too_small_for_it(tmp_path):
+    assert make_flow(folder("sd3"), dtype="bfloat16").vae.dtype == torch.bfloat16
+    assert make_flow(folder("sd3"), dtype="float16").vae.dtype == torch.float32
+    shutil.copytree(folder("sd3"), tmp_path / "sd3")
     config = json.loads((tmp_path / "sd3" / "vae" / "config.json").read_text())
-    (tmp_path / "sd3" / "vae" / "config.json").write_text(
-        json.dumps(config | {"force_upcast": False})
-    )
+    changed = json.dumps(config | {"force_upcast": False})
+    (tmp_path / "sd3" / "vae" / "config.json").write_text(changed)
     assert make_flow(tmp_path / "sd3", dtype="float16").vae.dtype == torch.float16
 
 
-def test_cards_without_bfloat16_compute_in_float16(monkeypatch):
-    def default(native):
-        monkeypatch.setattr(
-            torch.cuda, "is_bf16_supported", lambda including_emulation=True: native
-        )
-        names = ["steps", "size", "guidance", "dtype", "batch", "model"]
-        args = argparse.Namespace(device="cuda:1", **dict.fromkeys(names))
-        fill_defaults(args)
-        return args.dtype
-
-    assert default(native=True) == "bfloat16" and default(native=False) == "float16"
-
-
 @pytest.mark.parametrize("name", ["sd3", "sd-turbo"])
-def test_convolutions_have_channels_last_on_a_gpu_alone(folders, name):
+def test_convolutions_have_channels_last_on_a_gpu_alone(name):
     def layouts(flow):
-        last = {"memory_format": torch.channels_last}
-        modules = {"vae": flow.vae, "network": flow.network}
-        kernels = {part: [p for p in m.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
-                   for part, m in modules.items()}  # fmt: skip
-        return {part: {p.is_contiguous(**last) for p in ps} for part, ps in kernels.items()}
+        found = {}
+        for part, module in (("vae", flow.vae), ("network", flow.network)):
+            kernels = [p for p in module.parameters() if p.ndim == 4]
+            kernels = [p for p in kernels if min(p.shape[1:]) > 1]
+            last = {"memory_format": torch.channels_last}
+            found[part] = {p.is_contiguous(**last) for p in kernels}
+        return found
 
-    assert layouts(make_flow(folders[name])) == {"vae": {False}, "network": {False}}
+    assert layouts(make_flow(folder(name))) == {"vae": {False}, "network": {False}}
     with fake_gpu():
-        flow = make_flow(folders[name], device="cuda")
-        assert layouts(flow) == {"vae": {True}, "network": {name == "sd-turbo"}}
+        flow = make_flow(folder(name), device="cuda")
+        assert layouts(flow) == {"vae": {True}, "network": {True}}
+        make_flow(folder("qwen-image"), device="cuda")  # whose VAE has kernels in three dimensions
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_checkpointing_gives_the_same_gradient(folders, name):
+def gradient_of_fdfo(flow):
+    lora = random_lora(flow)
+
+    def mean(x, cond):
+        return x.flatten(1).mean(1)
+
+    problem = Problem(flow.velocity, mean, lora, flow.times, batch=4)
+    fdfo(problem, flow.noise([0, 1]), torch.tensor([0, 1]), torch.Generator().manual_seed(0))
+    # the last layers of a stream of text may have none
+    return torch.cat([p.grad.flatten() for p in lora.parameters if p.grad is not None])
+
+
+@pytest.mark.parametrize("name", some_in_ci(PIPELINES, ["chroma", "sdxl", "flux2-klein"]))
+def test_checkpointing_gives_the_same_gradient(name):
     grads = []
+    if name == "chroma":  # diffusers 0.42 leaves out a mask
+        assert "--checkpointing" in complaint(folder(name), steps=2, checkpointing=True)
+        return
     for checkpointing in (False, True):
-        flow = make_flow(folders[name], steps=2, guidance=1, size="64", checkpointing=checkpointing)
+        flow = make_flow(folder(name), steps=2, guidance=1, checkpointing=checkpointing)
         assert flow.network.is_gradient_checkpointing == checkpointing
-        lora = random_lora(flow)
-        problem = Problem(
-            flow.velocity, lambda x, cond: x.mean((1, 2, 3)), lora, flow.times, batch=4
-        )
-        fdfo(problem, flow.noise([0, 1]), torch.tensor([0, 1]), torch.Generator().manual_seed(0))
-        grads.append(torch.cat([p.grad.flatten() for p in lora.parameters]))
+        grads.append(gradient_of_fdfo(flow))
     assert grads[0].norm() > 0
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6 * grads[0].abs().max().item())
 
 
-class Interrupted(torch.autograd.Function):
-    forward = staticmethod(lambda ctx, x: x.clone())
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise KeyboardInterrupt
-
-
-def test_an_interrupt_of_a_compilation_shows_no_traceback(folders, monkeypatch):
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)
-    make_flow(folders["sd3"], steps=2, guidance=1, compile=True)  # its compilation traces like this
-    with warnings.catch_warnings(record=True) as said:
-        with torch.autograd.detect_anomaly(check_nan=False), pytest.raises(KeyboardInterrupt):
-            Interrupted.apply(torch.ones(2, requires_grad=True)).sum().backward()
-    assert not [warning for warning in said if "Traceback" in str(warning.message)]
-
-
-@pytest.mark.parametrize(
-    "name", ["sd3", pytest.param("flux-schnell", marks=pytest.mark.ci), "sd-turbo"]
-)
-def test_compiled_blocks_are_whole_graphs_with_the_same_velocities(folders, name, monkeypatch):
+@pytest.mark.parametrize("name", some_in_ci(PIPELINES, ["sd3", "sd-turbo"]))
+def test_compiled_blocks_are_whole_graphs_with_the_same_gradient(name, monkeypatch):
     compiled, module_compile = [], torch.nn.Module.compile
 
-    def trace(
-        module,
-    ):  # without generating code, which takes minutes; a break in the graph is an error
+    def trace(module):  # without generating code, which takes minutes
         compiled.append(module)
-        module_compile(module, backend="eager", fullgraph=True)
+        # a break in the graph is an error, but where the network itself reads a number
+        module_compile(module, backend="eager", fullgraph=name not in ("z-image", "sana"))
 
     monkeypatch.setattr(torch.nn.Module, "compile", trace)
-    grads, vs = [], []
+    grads = []
     for compile in (False, True):
-        flow = make_flow(folders[name], steps=2, guidance=1, compile=compile)
-        lora, x, cond = random_lora(flow), flow.noise([0, 1]), torch.tensor([0, 1])
-        with torch.no_grad(), lora.switched_off():
-            base = flow.velocity(x, flow.times[0], cond)
-        with torch.no_grad():
-            vs += [base, flow.velocity(x, flow.times[0], cond)]
-        flow.velocity(x, torch.tensor(flow.times)[:2], cond).square().mean().backward()
-        grads.append(torch.cat([p.grad.flatten() for p in lora.parameters]))
-    assert len(compiled) >= 3 and {type(module).__name__ for module in compiled} <= set(flow.blocks)
-    torch.testing.assert_close(vs[:2], vs[2:], rtol=0, atol=1e-5)
-    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6 * grads[0].abs().max().item())
+        grads.append(
+            gradient_of_fdfo(make_flow(folder(name), steps=2, guidance=1, compile=compile))
+        )
+    assert len(compiled) >= 2
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5 * grads[0].abs().max().item())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_train_and_sample_run_from_the_command_line(folders, name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", some_in_ci(["tiny", *PIPELINES], ["qwen-image", "sd-turbo"]))
+def test_train_and_sample_run_on_a_gpu_from_the_command_line(name, tmp_path, monkeypatch, capsys):
+    """On the pretended one, under PyTorch's own rules of which devices may mix."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    small = ["--size", "64x96", "--steps", "2", "--guidance", "1", "--batch", "4"]
-    command = [
-        "train.py",
-        "--model",
-        str(folders[name]),
-        *small,
-        "--reward",
-        "brightness",
-        "--name",
-        "run",
-    ]
-    command += ["--prompts", "prompts.txt", "--pairs", "4", "--iterations", "1", "--lr", "0.01"]
+    small = ["--size", size_for(name), "--steps", "2", "--guidance", "2", "--batch", "4"]
+    command = ["train.py", "--model", str(folder(name)), *small, "--reward", "brightness"]
+    command += ["--prompts", "prompts.txt", "--pairs", "2", "--iterations", "1", "--lr", "0.01"]
+    command += ["--device", "cuda", "--dtype", "float32", "--name", "run"]
     monkeypatch.setattr(sys, "argv", command)
-    train.main()
+    with fake_gpu():
+        train.main()
     assert "held-out brightness" in capsys.readouterr().out
     last = json.loads((tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["images"] == 8 and last["drift"] > 0
-    # the run folder says which model and size
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["sample.py", "--prompt", "robot", "--lora", "runs/run", "--compare", "--n", "1"],
-    )
+    assert last["images"] == 4 and last["drift"] > 0
+
+    # the run folder says which model, size and guidance
+    command = ["sample.py", "--prompt", "robot", "--lora", "runs/run", "--compare", "--n", "1"]
+    monkeypatch.setattr(sys, "argv", command)
     sample.main()
     assert (tmp_path / "sample.png").stat().st_size > 1000
 
@@ -926,114 +458,83 @@ def test_train_and_sample_run_from_the_command_line(folders, name, tmp_path, mon
 # ---- models that cannot be loaded
 
 
-def test_models_that_cannot_be_loaded_say_why(folders, tmp_path):
-    def complaint(path):
-        with pytest.raises(UserError) as error:
-            make_flow(path)
-        assert "\n" not in str(error.value)
-        return str(error.value)
+def complaint(path, **options):
+    with pytest.raises(UserError) as error:
+        make_flow(path, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
+
+def test_models_that_cannot_be_loaded_say_why(tmp_path):
     assert "none of tiny, sd3" in complaint("nowhere")
     assert "cannot reach model stabilityai/stable-diffusion-3.5-medium" in complaint("sd3.5")
     (tmp_path / "empty").mkdir()
     assert "no file named model_index.json" in complaint(tmp_path / "empty")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
-    assert "is a KandinskyPipeline; known are StableDiffusion3Pipeline" in complaint(
-        tmp_path / "other"
-    )
-    shutil.copytree(folders["sd-turbo"], tmp_path / "broken")
-    (tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"1234")
+    shutil.copytree(folder("sd-turbo"), tmp_path / "broken")
+    weights = tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(b"1234")
     assert "is damaged or incomplete" in complaint(tmp_path / "broken")
-    with pytest.raises(UserError, match="made to run without"):
-        make_flow(folders["flux-schnell"], guidance=3.5)
-    with pytest.raises(UserError, match="multiples of 16 pixels"):
-        make_flow(folders["sd3"], size="72")
+    assert "divisible by" in complaint(folder("sd3"), size="72")
+    assert "makes 64 of it" in complaint(folder("flux-schnell"), size="72")
 
 
-def test_index_and_folder_of_a_model_may_hold_anything(folders, tmp_path):
-    def complaint():
-        with pytest.raises(UserError) as error:
-            make_flow(tmp_path)
-        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
-        return str(error.value)
+OTHERS = ["StableCascadeCombinedPipeline", "KandinskyPipeline", "WanPipeline", "IFPipeline"]
+OTHERS += ["StableDiffusionImg2ImgPipeline", "QwenImageEditPipeline", "FluxControlNetPipeline"]
+OTHERS += ["StableAudioPipeline", "SanaImageToVideoPipeline", "NoPipeline"]
 
-    index = tmp_path / "model_index.json"
-    for data in (
-        b"[]",
-        b"null",
-        b"1",
-        b"{",
-        b"",
-        b'{"_class_name": ["a"]}',
-        b'{"a": "\xe9"}',
-        b"{}",
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_not_text_to_image_says_so(name, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    assert f"is a {name}, not text to image" in complaint(tmp_path)
+
+
+def test_a_network_that_predicts_something_else_says_so(tmp_path):
+    shutil.copytree(folder("sd-turbo"), tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
+    assert "predicts sample" in complaint(tmp_path)
+
+
+def test_a_model_without_a_name_gets_the_defaults_of_its_pipeline():
+    for name, steps, guidance in (
+        ("sdxl", 50, 5.0),
+        ("flux-dev", 28, 3.5),
+        ("qwen-image", 50, 4.0),
     ):
-        index.write_bytes(data)
-        assert "known are" in complaint() or "is damaged" in complaint()
-    index.write_text(
-        '{"_class_name": "StableDiffusionPipeline", "unet": 1, "text_encoder": ["x", "Y"]}'
-    )
-    assert "is damaged or incomplete" in complaint()
-    shutil.copytree(folders["flux-dev"], tmp_path, dirs_exist_ok=True)
-    for data in (b"[]", b"null", b"\xe9"):
-        (tmp_path / "transformer" / "config.json").write_bytes(data)
-        assert "is damaged or incomplete" in complaint()
+        model = find_model(str(folder(name)))
+        assert (model.steps, model.size, model.guidance) == (steps, None, guidance)
+    flow = make_flow(folder("sd-turbo"), size=None, steps=1)
+    assert flow.options.get("height") is None
+    assert flow.decode(flow.noise([0])).shape[2:] == (64, 64)  # 8 latent pixels, as it was made for
 
 
-def test_a_folder_gets_the_defaults_of_its_like(folders):
-    likes = {
-        "sd3": "sd3",
-        "sd2.1": "sd1.5",
-        "sdxl": "sdxl",
-        "flux-dev": "flux-dev",
-        "flux-schnell": "flux-schnell",
-    }
-    for folder, like in likes.items():
-        assert vars(find_model(str(folders[folder]))) == vars(MODELS[like]) | {
-            "path": str(folders[folder]),
-            "variant": None,
-        }
-
-
-def test_half_size_files_are_downloaded_where_there_are_some(folders, tmp_path, monkeypatch):
+def test_half_size_files_are_downloaded_where_there_are_some(monkeypatch):
     asked = []
-    index = json.loads((folders["sdxl"] / "model_index.json").read_text())
-    for name in ("load_config", "from_pretrained"):
-        returned = index if name == "load_config" else None
+    index = json.loads((folder("sdxl") / "model_index.json").read_text())
+    pipeline = diffusers.DiffusionPipeline
+    monkeypatch.setattr(pipeline, "load_config", lambda path, **options: index)
 
-        def method(path, returned=returned, **options):
-            asked.append(options.get("variant"))
-            return returned
+    def from_pretrained(path, **options):
+        asked.append(options["variant"])
 
-        monkeypatch.setattr(diffusers.DiffusionPipeline, name, method)
-    for name, variant in {
-        "sd-turbo": "fp16",
-        "sdxl-turbo": "fp16",
-        "sdxl": "fp16",
-        "someone/sdxl": None,
-    }.items():
-        load_pipeline(find_model(name), torch.float16)
-        assert asked[-1] == variant
+    monkeypatch.setattr(pipeline, "from_pretrained", from_pretrained)
+    args = argparse.Namespace(dtype="float16")
+    wanted = {"sd-turbo": "fp16", "sdxl": "fp16", "sd3.5": None, "someone/sdxl": None}
+    for name in wanted:
+        load_pipeline(find_model(name), args, without=[])
+    assert asked == list(wanted.values())
 
 
-def test_a_folder_of_half_size_files_loads(folders, tmp_path):
+def test_a_folder_of_half_size_files_loads(tmp_path):
     """And one with both kinds loads those of full size."""
-    images = {}
-    pipe = load_theirs(folders["sdxl"])
-    for kind in ("half", "both", "full"):
-        if kind != "full":
-            pipe.to(torch.float16).save_pretrained(tmp_path / kind, variant="fp16")
-        if kind == "both":
-            shutil.copytree(folders["sdxl"], tmp_path / kind, dirs_exist_ok=True)
-        folder = folders["sdxl"] if kind == "full" else tmp_path / kind
-        images[kind] = make_flow(folder, steps=2).images(torch.tensor([0]), [0])
-    assert len(list((tmp_path / "half").glob("*/*.safetensors"))) == 4
-    assert len(list((tmp_path / "both").glob("*/*.safetensors"))) == 8
-    assert torch.equal(images["both"], images["full"])
-    assert (
-        0 < (images["half"] - images["full"]).abs().mean() < 0.002
-    )  # the weights are rounded to 11 bits
+    pipe = load_theirs(folder("sdxl"))
+    full = make_flow(folder("sdxl"), steps=2).images(torch.tensor([0]), [0])
+    pipe.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    half = make_flow(tmp_path / "half", steps=2).images(torch.tensor([0]), [0])
+    assert 0 < (half - full).abs().mean() < 0.005  # the weights are rounded to 11 bits
+    shutil.copytree(folder("sdxl"), tmp_path / "half", dirs_exist_ok=True)
+    assert torch.equal(make_flow(tmp_path / "half", steps=2).images(torch.tensor([0]), [0]), full)
 
 
 def test_gated_models_say_what_to_do(monkeypatch):
@@ -1049,6 +550,7 @@ def test_gated_models_say_what_to_do(monkeypatch):
             load()
 
 
-def test_every_model_has_a_family():
-    for model in MODELS.values():
+def test_the_table_of_models_makes_sense():
+    for name, model in MODELS.items():
         assert 1 <= model.train_steps <= model.steps and size(model.size)
+        assert name == "tiny" or model.path.count("/") == 1
