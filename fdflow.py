@@ -128,6 +128,7 @@ class LoRA:
         if not self.layers:
             raise ValueError(f"the model has no linear layer named {' or '.join(targets)}")
         self.parameters = [p for layer in self.layers.values() for p in (layer.A, layer.B)]
+        self.start = None  # theta [P] where training began, if not at the base model
 
     def unflatten(self, vectors):
         """Split vectors [..., P] of all parameters into one tensor [..., *p.shape] for each p."""
@@ -148,7 +149,13 @@ class LoRA:
 
     @contextmanager
     def switched_off(self):
-        """Inside, the model is the base model again."""
+        """Inside, the model is the one that training began with: the base model, or `start`."""
+        if self.start is not None:
+            theta = parameters_to_vector(self.parameters).detach()
+            with self.perturbed((self.start - theta)[None]):
+                yield
+            return
+
         for layer in self.layers.values():
             layer.enabled = False
         try:

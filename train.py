@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector
 
 from fdflow import LoRA, Problem, central_difference, fdfo, spsa
 from models.flow import load_flow
-from models.lora_files import layers_named, save_lora
+from models.lora_files import layers_named, merge_lora, read_start, save_lora
 from models.table import find_model
 from rewards import Reward, load_clip, load_function
 from support.arguments import parse_training_args
@@ -95,7 +96,18 @@ def main():
     # what is trained, and how
     layers = layers_named(flow.network, args.layers)
     alpha = model.scale * args.rank
+    start = None
+    if args.init_lora:
+        start = read_start(args.init_lora, flow.network_name, layers, args.rank)
+        if start is None:  # it has other layers, or another rank
+            merge_lora(flow, args.init_lora)
+            print(f"{args.init_lora} is merged into the frozen weights: draw with both LoRAs")
     lora = LoRA(flow.network, layers, args.rank, alpha, seeded(args.seed, "lora"))
+    if start:
+        for layer, (A, B) in zip(lora.layers.values(), start):
+            layer.A.data.copy_(A)
+            layer.B.data.copy_(B / layer.scale)
+        lora.start = parameters_to_vector(lora.parameters).detach().clone()
     flow.scale_gradients(lora)
     if args.estimator == "central":
         # Adam would move all of a block's coordinates alike, however steep

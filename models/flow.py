@@ -122,7 +122,7 @@ class Flow:
         return self.scheduler.times
 
     def noise(self, seeds):
-        """The pipeline's noise [N, ...], of image i from torch.Generator().manual_seed(seeds[i])."""
+        """The pipeline's noise [N, ...], of image i from a torch.Generator with seeds[i]."""
         drawn = []
         self.scheduler.offer_nothing()
         for i in range(0, len(seeds), 16):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import peft
 import torch
-from safetensors import safe_open
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
@@ -61,16 +62,51 @@ def save_lora(lora, path, network_name):
     write_whole(Path(path), save(tensors))
 
 
+def find_file(path):
+    """The LoRA file of a path, which may be the folder of a run or of diffusers."""
+    path = Path(path)
+    if path.is_dir():
+        own = path / "lora.safetensors"
+        return own if own.exists() else path / "pytorch_lora_weights.safetensors"
+    return path
+
+
+def read_start(path, network_name, layers, rank):
+    """The matrices (A, B) of each layer in a LoRA file, B scaled by alpha / rank.
+
+    None if it has other layers or another rank.
+    """
+    path = find_file(path)
+    if not path.exists():
+        raise UserError(f"no LoRA at {path}")
+    try:
+        tensors, _ = read_tensors(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {first_line(error)}") from error
+
+    start = []
+    for layer in layers:
+        name = f"{network_name}.{layer}.lora"
+        start.append((tensors.pop(f"{name}_A.weight", None), tensors.pop(f"{name}_B.weight", None)))
+    same = all(A is not None and B is not None and len(A) == rank for A, B in start)
+    return start if same and not tensors else None
+
+
+def merge_lora(flow, path):
+    """Add a LoRA to the frozen weights of a flow's network."""
+    load_lora(flow, path)
+    for name, module in list(flow.network.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            flow.network.set_submodule(name, module.get_base_layer())
+
+
 def load_lora(flow, path):
     """Let diffusers put a LoRA file, or that of a run folder, around layers of `flow.network`.
 
     UserError if diffusers cannot read it for this model, or uses only a part of it.
     """
-    path = Path(path)
-    if path.is_dir():  # the second is the name diffusers gives its own
-        own = path / "lora.safetensors"
-        path = own if own.exists() else path / "pytorch_lora_weights.safetensors"
-
+    path = find_file(path)
     base = {id(p) for p in flow.network.parameters()}
     try:
         tensors, has_config = read_tensors(path)

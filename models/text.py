@@ -5,10 +5,12 @@ import os
 from types import SimpleNamespace
 
 import torch
+import transformers
 from tqdm import tqdm
 
 from models.table import call_options, load_pipeline, network_config
 from support.errors import UserError
+from support.run import warn
 
 CHUNK = 64  # texts encoded at a time
 
@@ -18,7 +20,7 @@ class Encoded(Exception):
 
 
 def run(pipe, texts, options):
-    """Call a pipeline on texts; with gradients, which its own call, under torch.no_grad, has not."""
+    """Call a pipeline on texts; with gradients, since its own torch.no_grad is unwrapped."""
     options = options | {"prompt": list(texts)}  # some pipelines write into the list
     if "negative_prompt" in options:
         options["negative_prompt"] = [options["negative_prompt"]] * len(texts)
@@ -51,8 +53,10 @@ def encode(model, args, texts):
             return end.args[0]
 
     pipe.encode_prompt = encode_and_end
-    # where all texts have one length, many may go at once; else each alone, so that none is padded
     texts = list(dict.fromkeys([*texts, args.negative or ""]))
+    warn_of_cut_texts(pipe, texts, options)
+
+    # where all texts have one length, many may go at once; else each alone, so that none is padded
     first, longest = encoded([""]), encoded([max(texts, key=len)])
     size = CHUNK if shapes(first) == shapes(longest) else 1
     last, outputs = None, {}
@@ -64,6 +68,24 @@ def encode(model, args, texts):
 
     del pipe.encode_prompt  # which holds the pipeline
     return outputs, encoders
+
+
+def warn_of_cut_texts(pipe, texts, options):
+    """Say once how many texts are longer than an encoder takes, and by how much."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    default = getattr(parameters.get("max_sequence_length"), "default", None)
+    for name, tokenizer in pipe.components.items():
+        if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+            continue
+        most = tokenizer.model_max_length
+        if not isinstance(tokenizer, transformers.CLIPTokenizer):  # which always takes its 77
+            most = min(most, options.get("max_sequence_length") or default or most)
+
+        over = [len(ids) - most for ids in tokenizer(texts).input_ids]
+        cut = [tokens for tokens in over if tokens > 0]
+        if cut:
+            text = f"{name} takes {most} tokens: {len(cut)} of {len(texts)} prompts are cut"
+            warn(f"{text}, by {max(cut)} at most")
 
 
 def row(many, j, first, last):

@@ -83,6 +83,7 @@ def add_training_arguments(parser):
     add("--lr", type=number(float, 0, 1), help="learning rate")
     add("--rank", type=whole, help="of the LoRA")
     add("--layers", help="with a LoRA: attention, modulation, all, last, or ends of names")
+    add("--init-lora", metavar="FILE", help="go on from the LoRA of a file or of a run's folder")
     add("--seed", type=number(int, 0, 10**6), default=0, help="of everything random")
     add("--eval-every", type=whole, default=20, help="iterations between evaluations")
     add("--name", help="of the run (default: made from the reward)")

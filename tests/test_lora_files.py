@@ -9,9 +9,11 @@ import torch
 from diffusers.training_utils import _collate_lora_metadata
 from safetensors.torch import load_file, save_file
 
+import train
 from fdflow import LoRA
-from models.lora_files import LAYERS, layers_named, load_lora, save_lora
+from models.lora_files import LAYERS, layers_named, load_lora, merge_lora, save_lora
 from support.errors import UserError
+from tests.commands import exit_code, metrics
 from tests.models import (
     PROMPTS,
     folder,
@@ -94,6 +96,69 @@ def test_layers_are_those_named():
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_network_has_every_kind_of_layers(name, which):
     assert layers_named(shared_flow(name).network, which)
+
+
+# ---- going on from a LoRA
+
+
+def train_from(lora, monkeypatch, out, *flags):
+    """Train the bundled model for an iteration, from a LoRA; its folder."""
+    (out / "prompts.txt").write_text("sun\nrobot")
+    small = "--reward brightness --watch brightness --pairs 2 --steps 2 --iterations 1 --lr 1e-9"
+    command = ["train.py", *small.split(), "--prompts", out / "prompts.txt", "--out", out]
+    code = exit_code(train.main, monkeypatch, *command, "--init-lora", lora, *flags)
+    assert code == 0
+    return out / "brightness"
+
+
+def test_a_lora_is_trained_further_and_pulled_to_where_it_began(tmp_path, monkeypatch, capsys):
+    first = make_flow(folder("tiny"), steps=2)
+    layers = layers_named(first.network, "modulation")
+    lora = LoRA(first.network, layers, rank=4, alpha=8)
+    for layer in lora.layers.values():
+        layer.B.data = 0.1 * torch.randn(layer.B.shape, generator=torch.Generator().manual_seed(0))
+    save_lora(lora, tmp_path / "lora.safetensors", "transformer")
+
+    folder_of_run = train_from(tmp_path, monkeypatch, tmp_path, "--rank", 4, "--kl", 1)
+    assert "merged" not in capsys.readouterr().out
+    before, after = (
+        load_file(tmp_path / "lora.safetensors"),
+        load_file(folder_of_run / "lora.safetensors"),
+    )
+    assert before.keys() == after.keys()
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=1e-3, atol=1e-6)
+    # at the start of training the model is the one with the LoRA
+    drift = metrics(folder_of_run)[-1]["drift"]
+    assert drift < 1e-4
+
+    # the pull is to the start, not to the base model
+    theta = torch.cat([p.detach().flatten() for p in lora.parameters])
+    x, cond = first.noise([0, 1]), torch.tensor([0, 1])
+    with torch.no_grad():
+        with_lora = first.velocity(x, 1.0, cond)
+        lora.start = theta
+        for p in lora.parameters:
+            p.data *= 2
+        with lora.switched_off():
+            torch.testing.assert_close(
+                first.velocity(x, 1.0, cond), with_lora, rtol=1e-4, atol=1e-5
+            )
+
+
+def test_a_lora_of_other_layers_is_merged_into_the_weights(tmp_path, monkeypatch, capsys):
+    flow = make_flow(folder("tiny"), PROMPTS[:2], steps=2)
+    base = flow.images(COND, SEEDS)
+    save_lora(random_lora(flow, "attention"), tmp_path / "lora.safetensors", "transformer")
+    changed = flow.images(COND, SEEDS)
+
+    merged = make_flow(folder("tiny"), PROMPTS[:2], steps=2)
+    merge_lora(merged, tmp_path)
+    assert not [m for m in merged.network.modules() if "lora" in type(m).__name__.lower()]
+    assert (merged.images(COND, SEEDS) - changed).abs().max() < SAME
+    assert (changed - base).abs().mean() > 0.002
+    train_from(tmp_path, monkeypatch, tmp_path)
+    assert "is merged into the frozen weights" in capsys.readouterr().out
 
 
 # ---- those of other programs

@@ -225,6 +225,14 @@ def test_what_all_prompts_share_is_kept_once():
             assert same == (i in shared)
 
 
+def test_prompts_that_are_cut_are_counted(capsys):
+    long = "a " * 40
+    make_flow(folder("sd1.5"), ["sun", long, long + "b"], steps=1)
+    assert "tokenizer takes 16 tokens: 2 of 4 prompts are cut, by" in capsys.readouterr().err
+    make_flow(folder("sd1.5"), ["sun"], steps=1)
+    assert capsys.readouterr().err == ""
+
+
 # ---- training
 
 

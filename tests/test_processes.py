@@ -1,25 +1,21 @@
 """Tests: many processes, as torchrun starts them, give what one gives.
 
-pytest -q test_processes.py
+pytest -q tests/test_processes.py
 """
 
-import json
-import os
-import subprocess
-import sys
+import argparse
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fdflow import central_difference, fdfo, spsa
+import support.draws
+from fdflow import central_difference, fdfo, micro_batches, spsa
+from support.draws import draw_groups, drawn_prompts
 from test_fdflow import draw, small_problem
-
-ROOT = Path(__file__).resolve().parent.parent
-
+from tests.commands import ROOT, metrics, run
 
 ESTIMATORS = {
     "fdfo": partial(fdfo, train_steps=2, kl=0.1),
@@ -86,55 +82,48 @@ def test_too_many_processes_are_a_mistake(monkeypatch):
         fdfo(problem, eps, cond, torch.Generator())
 
 
-def run(folder, *launcher):
-    """The records of a short training run of the tiny model, with another number of processes each time."""
-    train = [
-        ROOT / "train.py",
-        "--reward",
-        "colorfulness",
-        "--pairs",
-        "8",
-        "--batch",
-        "8",
-        "--steps",
-        "2",
-    ]
+def trained(folder, launcher=()):
+    """The records of a short training run of the tiny model, and what it printed."""
     folder.mkdir()
     names = (ROOT / "tiny" / "prompts_train.txt").read_text().splitlines()
     (folder / "prompts.txt").write_text("\n".join(names[:60]))  # six of which are held out
-    options = [
-        "--prompts",
-        folder / "prompts.txt",
-        "--lr",
-        "2e-3",
-        "--iterations",
-        "2",
-        "--watch",
-        "",
-        "--out",
-        folder,
-        "--name",
-        "run",
-    ]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, *train, *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    return [
-        json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    ], done.stdout
+    flags = "--reward colorfulness --pairs 8 --batch 8 --steps 2 --lr 2e-3 --iterations 2"
+    flags += " --prompts prompts.txt --watch= --out . --name run"
+    code, out, err = run("train.py", *flags.split(), cwd=folder, launcher=launcher)
+    assert code == 0, err
+    return metrics(folder / "run"), out
 
 
 def test_torchrun_trains_as_one_process_does(tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    (alone, said), (both, both_said) = run(tmp_path / "alone"), run(tmp_path / "both", *torchrun)
+    alone, said = trained(tmp_path / "alone")
+    both, both_said = trained(tmp_path / "both", torchrun)
     assert len(both) == len(alone) == 3
     for one, two in zip(alone, both):
-        for key in set(one) - {"seconds", "memory_mb"}:
+        for key in one:
             # float32, summed in another order, through two steps of Adam
             assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-4), key
     assert both[-1]["gain"] > 0 and both[-1]["images"] == 32
+
     # the first process alone writes and speaks
-    assert both_said.count("\n") == said.count("\n") == 1
+    assert both_said.count("\n") == said.count("\n") == 3
     for name in ("lora.safetensors", "state.pt", "report.png", "samples/000002.png"):
         assert (tmp_path / "both" / "run" / name).stat().st_size > 1000
+
+
+@pytest.mark.parametrize("shared_out", [True, False])
+def test_a_process_draws_the_prompts_that_were_encoded_for_it(shared_out, monkeypatch):
+    args = argparse.Namespace(seed=0, iterations=3, pairs=7)
+    prompts, shares = 1000, []
+    for rank in range(3):
+        monkeypatch.setattr(support.draws, "processes", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+        encoded = {*drawn_prompts(args, prompts, shared_out)}
+        for iteration in (1, 2, 3):
+            cond, _ = draw_groups(args.seed, iteration, prompts, args.pairs)
+            mine = torch.cat([part for (part,) in micro_batches(2, cond)])
+            assert {*mine.tolist()} <= encoded
+        shares.append(encoded)
+    assert len(set.union(*shares)) <= 21 and (len(shares[0]) <= 9) == shared_out
