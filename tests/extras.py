@@ -1,6 +1,6 @@
-"""Tests that need more than requirements.txt brings: an OCR model, and a browser that a program drives.
+"""Tests that need more than requirements.txt brings: an OCR model, and a browser to drive.
 
-pip install rapidocr onnxruntime playwright && pytest -q tests/extras.py      # with Chromium in the PATH
+pip install rapidocr onnxruntime playwright && pytest -q tests/extras.py  # and Chromium in the PATH
 """
 
 import json
@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -23,56 +24,55 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_ocr_reads_drawn_words():
-    texts = ["HELLO WORLD", "Hello World", "HELLO WROLD", ""]
     pictures = []
-    for text in texts:
+    for text in ("HELLO WORLD", "Hello World", "HELLO WROLD", ""):
         picture = Image.new("RGB", (512, 512), "white")
         ImageDraw.Draw(picture).text((40, 200), text, "black", ImageFont.load_default(64))
-        pictures.append(
-            torch.tensor(list(picture.tobytes())).view(512, 512, 3).permute(2, 0, 1) / 255
-        )
+        pictures.append(torch.tensor(np.array(picture)).permute(2, 0, 1) / 255)
     R = Reward("ocr")(torch.stack(pictures), ['a sign that says "Hello World"'] * 4)
     assert R.tolist() == pytest.approx([1, 1, 1 - 2 / 10, 0])
 
 
 def test_a_person_trains_the_tiny_model_in_a_browser(tmp_path):
-    """Three groups in each of two iterations, by keyboard and mouse, with the page closed in between.
+    """Three groups in each of two iterations, by keyboard and mouse, the page closed in between.
 
-    Once an answer cannot be saved. Before the last one Ctrl-C stops the run; --resume asks for that alone.
+    Once an answer cannot be saved. Before the last one Ctrl-C stops the run; --resume asks for that
+    alone.
     """
     small = "--pairs 3 --steps 2 --iterations 2 --lr 0.005 --watch brightness --name by-hand"
+    command = [sys.executable, str(ROOT / "train.py"), "--reward", "human", *small.split()]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    folder = tmp_path / "runs" / "by-hand"
 
-    def train(*command):
-        run = subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *command], cwd=tmp_path, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        return run, re.search(r"http://127.0.0.1:\d+/", run.stdout.readline())[0]
+    def train(*more):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        run = subprocess.Popen([*command, *more], cwd=tmp_path, env=environment, **pipes)
+        for line in run.stdout:
+            if found := re.search(r"http://127.0.0.1:\d+/", line):
+                return run, found[0]
 
-    run, url = train("--reward", "human", *small.split())
+    run, url = train()
     screenshots = Path(os.environ.get("SCREENSHOTS", tmp_path))
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"),
-            args=["--no-sandbox", "--disable-background-networking"],
-        )
+        chromium = shutil.which("chromium")
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
 
-        def open_page(url, number):
+        def open_page(number):
             page = browser.new_page(viewport={"width": 1000, "height": 700})
             page.goto(url)
             page.wait_for_selector(f"text=group {number} of 3")
             return page
 
-        page = open_page(url, 1)
+        page = open_page(1)
         assert page.locator("img").count() == 2 and page.locator("h1").inner_text()
         assert page.locator("img").first.evaluate("image => image.naturalWidth") == 64
         page.screenshot(path=screenshots / "human.png")
         page.keyboard.press("ArrowLeft")
         page.wait_for_selector("text=group 2 of 3; 1 answered")
         page.close()
-        page = open_page(url, 2)
-        answered = tmp_path / "runs" / "by-hand" / "preferences"
+
+        page = open_page(2)
+        answered = folder / "preferences"
         answered.rename(answered.with_name("aside"))
         answered.write_text("as if the disk were full")
         page.keyboard.press("Space")
@@ -84,6 +84,7 @@ def test_a_person_trains_the_tiny_model_in_a_browser(tmp_path):
         page.keyboard.press("Space")
         page.wait_for_selector("text=group 3 of 3; 2 answered")
         assert not page.locator("#problem").inner_text()
+
         page.locator("button").nth(1).click()
         page.wait_for_selector("text=group 1 of 3; 3 answered")  # of the next iteration
         page.keyboard.press("3")  # there is no third image
@@ -96,14 +97,15 @@ def test_a_person_trains_the_tiny_model_in_a_browser(tmp_path):
         page.keyboard.press("ArrowLeft")
         page.wait_for_selector("text=Your answer was not saved (the training cannot be reached)")
         page.wait_for_selector("text=The training has stopped")
-        run, url = train("--name", "by-hand", "--resume")
-        page = open_page(url, 3)
+
+        run, url = train("--resume")
+        page = open_page(3)
         page.keyboard.press("ArrowLeft")
         page.wait_for_selector("text=The training has stopped", timeout=60_000)
         browser.close()
+
     out = run.communicate(timeout=60)[0]
     assert run.returncode == 0 and "brightness" in out
-    folder = tmp_path / "runs" / "by-hand"
     lines = [json.loads(line) for line in (folder / "preferences.jsonl").read_text().splitlines()]
     assert [line["choice"] for line in lines] == [0, None, 1, 1, 1, 0]
     assert len(list((folder / "preferences").iterdir())) == 6

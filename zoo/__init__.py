@@ -1,4 +1,4 @@
-"""Rewards with needs of their own, one file each, loaded when named; rewards.py has the others.
+"""Rewards with needs of their own, one file each, imported when named; rewards.py has the others.
 
-loading.py is what they share.
+grammar.py, loading.py and jsonl.py are what they share.
 """

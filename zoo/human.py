@@ -1,47 +1,64 @@
-"""A person as the reward: a page on this machine that shows the images of each group side by side.
+"""A person as the reward: a page on this machine shows the images of each group side by side.
 
-Click the best, or press its number, or the left and right arrows for one of two; space for no preference.
+Click the best, or press its number, or the left and right arrows for one of two; space for no
+preference.
 """
 
 import hashlib
 import json
-import os
 import threading
 import time
-from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
 
-from support.errors import first_line
+from support.errors import UserError, first_line
+from support.evaluation import processes
 from support.pictures import png, save_picture, to_pil
+from zoo.jsonl import append_line, read_lines
 
 PAGE = Path(__file__).with_name("human.html")
-# what may be raised by reading JSON that is damaged, or of another shape
-MALFORMED = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
 
 class Human:
-    """R = 1 for the image of a group that a person prefers, 0 for the others; without preference 1/2 for all.
+    """Gives 1 to the image of a group that a person prefers, 0 to the others; 1/2 if undecided.
 
-    Groups are `branches` consecutive images, `groups` of them an iteration. Answers are added to
-    preferences.jsonl in the run's folder, and their images side by side to preferences/KEY.png; what was
-    answered before is not asked again. A call waits until all its groups are answered.
+    A group is `branches` consecutive images. Answers are added to preferences.jsonl in the run's
+    folder, and the images of each, side by side, to preferences/KEY.png. What was answered before
+    is not asked again. A call waits until all its groups are answered.
     """
 
-    def __init__(self, branches, groups):
-        self.branches, self.groups = branches, groups
-        self.answers, self.waiting, self.lock = {}, {}, threading.Lock()
-        self.more = {}  # what else the page is to say, by names that human.html knows
+    only_in_training = True  # nobody is asked about held-out images
 
-    def open(self, folder, interrupted=()):
-        """Serve the page for a run, with the answers that its folder has; returns the address.
+    def __init__(self):
+        self.folder = None
+        self.answers = {}  # {key of a group: number of the image preferred, or None}
+        self.waiting = {}  # {key of a group: what the page shows of it}
+        self.lock = threading.Lock()
+        self.more = {}  # what else the page is to show, by names that human.html knows
 
-        interrupted: a list; once something is in it, nobody is waited for any longer: KeyboardInterrupt.
+    def open(self, run):
+        """Ask the person of a training run. UserError if its images do not come in groups."""
+        if not hasattr(run.args, "branches"):
+            raise UserError("reward human compares the images of a group: use --estimator fdfo")
+        if processes()[1] > 1:
+            raise UserError("reward human: a person can answer one process alone, without torchrun")
+        self.serve(run.folder, run.args.branches, run.args.pairs, run.interrupted)
+
+    def serve(self, folder, branches, groups, interrupted=()):
+        """Serve the page, print its address and return it; answers in the folder count as given.
+
+        branches: images of a group
+        groups: how many groups belong together, for the page to show how far one is
+        interrupted: a list; once something is in it, waiting ends with KeyboardInterrupt
         """
-        self.folder, self.interrupted = Path(folder), interrupted
-        self.answers = dict(self.read_answers())
+        self.folder = Path(folder)
+        self.branches = branches
+        self.groups = groups
+        self.interrupted = interrupted
+        self.answers = read_answers(self.folder, branches)
+
         try:
             server = ThreadingHTTPServer(("127.0.0.1", 8765), Handler)
         except OSError:  # that port is taken: any other
@@ -49,124 +66,116 @@ class Human:
         server.human = self
         server.handle_error = lambda *args: None  # of a page that was closed half-way
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{server.server_port}/"
 
-    def read_answers(self):
-        """(key, choice) of each line of preferences.jsonl; one that was cut short is passed over."""
-        path = self.folder / "preferences.jsonl"
-        for line in path.read_bytes().splitlines() if path.exists() else []:
-            with suppress(*MALFORMED):
-                answer = json.loads(line)
-                if self.is_choice(answer["choice"]):
-                    yield str(answer["key"]), answer["choice"]
-
-    def is_choice(self, choice):
-        """Whether that is the number of an image, or None; json also has true and 0.0."""
-        return choice is None or type(choice) is int and 0 <= choice < self.branches
+        address = f"http://127.0.0.1:{server.server_port}/"
+        print(f"compare the images at {address}", flush=True)
+        return address
 
     def __call__(self, images, prompts):
-        groups = list(zip(images.split(self.branches), prompts[:: self.branches]))
+        if self.folder is None:
+            raise UserError("reward human: only train.py can ask a person")
+
         keys, waiting = [], {}
-        for group, prompt in groups:
+        for group, prompt in zip(images.split(self.branches), prompts[:: self.branches]):
             files = [png(image) for image in group]
-            keys.append(hashlib.sha256("".join([prompt, *files]).encode()).hexdigest()[:16])
-            if keys[-1] not in self.answers:
+            key = hashlib.sha256("".join([prompt, *files]).encode()).hexdigest()[:16]
+            keys.append(key)
+            if key not in self.answers:
                 picture = to_pil(torch.cat(list(group), dim=2))
-                waiting[keys[-1]] = {"key": keys[-1], "prompt": prompt, "images": files}, picture
+                waiting[key] = (picture, {"key": key, "prompt": prompt, "images": files})
+
         self.waiting = waiting
         while self.waiting:
             if self.interrupted:
                 raise KeyboardInterrupt
             time.sleep(0.05)
-        R = torch.full((len(groups), self.branches), 0.5)
+
+        R = torch.full((len(keys), self.branches), 0.5)
         for row, key in zip(R, keys):
-            if self.answers[key] is not None:
-                row.zero_()[self.answers[key]] = 1
+            choice = self.answers[key]
+            if choice is not None:
+                row.zero_()
+                row[choice] = 1
         return R.flatten()
 
-    def first(self):
-        """What the page is to show, as JSON, or None while there is nothing to compare."""
-        for group, _ in list(self.waiting.values()):
-            number, answered = len(self.answers) % self.groups + 1, len(self.answers)
-            return {
-                **group,
-                "number": number,
-                "total": self.groups,
-                "answered": answered,
-                **self.more,
-            }
+    def group(self):
+        """Return what the page is to show now, or None while there is nothing to compare."""
+        for _, group in list(self.waiting.values()):
+            answered = len(self.answers)
+            counts = {"number": answered % self.groups + 1, "total": self.groups}
+            return {**group, **counts, "answered": answered, **self.more}
 
     def answer(self, key, choice):
-        """Write an answer down; a group that is not waiting, or no longer, is passed over.
+        """Write an answer down; one for a group that is not waiting, or no longer, is passed over.
 
-        ValueError if it is no choice. OSError if it cannot be written, and the group goes on waiting.
+        ValueError if it is no choice. OSError if it cannot be written: the group goes on waiting.
         """
-        with self.lock:  # the same page may be open twice
-            if not self.is_choice(choice):
-                raise ValueError(choice)
+        if not is_choice(choice, self.branches):
+            raise ValueError(choice)
+
+        with self.lock:  # the page may be open twice
             if key not in self.waiting:
                 return
-            group, picture = self.waiting[key]
+            picture, group = self.waiting[key]
             (self.folder / "preferences").mkdir(exist_ok=True)
             save_picture(picture, self.folder / "preferences" / f"{key}.png")
-            line = json.dumps({"key": key, "prompt": group["prompt"], "choice": choice})
+            line = {"key": key, "prompt": group["prompt"], "choice": choice}
             append_line(self.folder / "preferences.jsonl", line)
             self.answers[key] = choice
             del self.waiting[key]
 
 
-def append_line(path, text):
-    """Add a line to a file; if a full disk or a crash has cut the last one short, it stays by itself."""
-    with open(path, "a+b") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            text = text if file.read() == b"\n" else "\n" + text
-        file.write(f"{text}\n".encode())
+def read_answers(folder, branches=99):
+    """Return the answers in a folder, {key of a group: number of an image, or None}."""
+    lines = read_lines(Path(folder, "preferences.jsonl"))
+    return {
+        str(line["key"]): line["choice"]
+        for line in lines
+        if {"key", "choice"} <= line.keys() and is_choice(line["choice"], branches)
+    }
+
+
+def is_choice(choice, branches):
+    """Say whether that is the number of an image, or None; JSON also has true and 0.0."""
+    return choice is None or (type(choice) is int and 0 <= choice < branches)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET /group is what to compare, any other GET the page, POST the choice; for a browser right here."""
+    """Answers the browser: GET /group is what to compare, any other GET the page, POST a choice.
 
-    timeout = 10  # seconds that a browser may say nothing
+    A page from elsewhere cannot read a group, so it cannot name its key in a POST either.
+    """
 
     def do_GET(self):
-        group = self.server.human.first()
         if not self.from_here():
-            self.send(403)
-        elif self.path != "/group":
-            self.send(200, PAGE.read_bytes(), "text/html; charset=utf-8")
-        elif group is None:
-            self.send(204)
-        else:
-            self.send(200, json.dumps(group).encode(), "application/json")
+            return self.send(403)
+        if self.path != "/group":
+            return self.send(200, PAGE.read_bytes(), "text/html; charset=utf-8")
+
+        group = self.server.human.group()
+        if group is None:
+            return self.send(204)
+        self.send(200, json.dumps(group).encode(), "application/json")
 
     def do_POST(self):
-        # pages from elsewhere cannot send this type without asking first, which is not granted
-        if not self.from_here() or self.headers["Content-Type"] != "application/json":
-            return self.send(403)
+        length = int(self.headers["Content-Length"])
         try:
-            length = int(self.headers["Content-Length"])
-            if not 0 <= length <= 1000:
-                raise ValueError(length)
             answer = json.loads(self.rfile.read(length))
             self.server.human.answer(answer["key"], answer["choice"])
-        except MALFORMED:
+        except (ValueError, TypeError, LookupError):
             return self.send(400)
         except OSError as error:  # as a full disk
             return self.send(500, first_line(error).encode())
         self.send(204)
 
     def from_here(self):
-        """Not by another name that was made to point here."""
+        """Say whether this machine was named as itself, not by a name made to point here."""
         return (self.headers["Host"] or "").split(":")[0] in ("127.0.0.1", "localhost")
 
     def send(self, status, body=b"", kind="text/plain; charset=utf-8"):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
-        self.send_header(
-            "Content-Security-Policy", "frame-ancestors 'none'"
-        )  # no click through another page
         self.end_headers()
         self.wfile.write(body)
 

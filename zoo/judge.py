@@ -1,9 +1,10 @@
-"""A vision-language model behind an OpenAI-compatible API of chat completions, asked about each image.
+"""A vision-language model behind an OpenAI-compatible API of chat completions, as the reward.
 
-OPENAI_BASE_URL is its address, OPENAI_API_KEY the key, which is neither written down nor shown. Images and
-prompts leave this machine, unless the address is on it.
+OPENAI_BASE_URL is its address, OPENAI_API_KEY the key, which is neither stored nor shown. Images
+and prompts leave this machine, unless the address is on it.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -11,7 +12,6 @@ import os
 import re
 import threading
 from collections import Counter
-from contextlib import suppress
 from multiprocessing.pool import ThreadPool
 
 import requests
@@ -19,267 +19,307 @@ import torch
 import torch.distributed as dist
 
 from support.errors import UserError
-from support.evaluation import gather_rows, processes
+from support.evaluation import processes, sum_over_processes
 from support.pictures import png
 from support.run import warn
 from zoo.http import Http
-from zoo.human import MALFORMED, append_line
-from zoo.vlm import MATCH
+from zoo.jsonl import append_line, read_lines
+from zoo.vlm import MATCH, names_and_question
 
 SCALE = re.compile(r"\b(?:from|of|between) (\d{1,3}) ?(?:to|and|-) ?(\d{1,3})\b", re.IGNORECASE)
-WHY = dict.fromkeys((400, 413, 415, 422), "does not take the question (can the model see images?)")
-WHY |= dict.fromkeys((401, 403), "refuses OPENAI_API_KEY") | dict.fromkeys(
-    (402, 429), "is not paid for"
-)
-WHY |= {404: "knows no such model"}
+NUMBER = re.compile("[xn][1-9][0-9]{0,2}")
+WHY = {
+    401: "refuses OPENAI_API_KEY",
+    402: "is not paid for",
+    403: "refuses OPENAI_API_KEY",
+    404: "knows no such model",
+    429: "is not paid for",
+}
+ELSE = "does not take the question (is it a chat completions API, can the model see images?)"
 
 
 class Judge(Http):
-    """What a model says of an image: a rating, if the question has bounds as "from 1 to 10", else the
-    probability of yes in percent. Where the question holds {prompt}, the image's prompt is put in.
+    """Asks a model about each image, and returns a rating or the probability of yes in percent.
 
-    Both are expectations over the likeliest tokens. A service that gives no logprobs is asked for `samples`
-    answers, by default 5, but for one rating, and their mean counts. What is neither is NaN.
-    at: questions asked at a time. UserError if the service cannot be used.
+    A question with bounds, as "from 1 to 10", asks for a rating. {prompt} in it stands for the
+    image's prompt. Both values are expectations over the likeliest tokens. A service that gives no
+    logprobs is asked several times, and the mean counts. An answer that is neither counts as NaN.
+
+    at: how many questions are asked at a time
+    samples: answers to a question where there are no logprobs; by default 5, or 1 for a rating
+    UserError if the service cannot be used.
     """
+
+    timeout = 600
+    attempts = 3  # until the first answer, so that a wrong address shows soon
 
     def __init__(self, model, question=MATCH, at=16, samples=None):
         url = os.environ.get("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
-        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not re.match("https?://", url):
             raise UserError("OPENAI_BASE_URL must be an address, as http://localhost:11434/v1")
-        super().__init__(url.rstrip("/") + "/chat/completions", timeout=600, attempts=3)
-        self.name = f"judge {model} at {url.split('/')[2].rpartition('@')[2]}"
-        if not self.key and not self.loopback:
-            raise UserError(
-                f"{self.name} wants a key: set OPENAI_API_KEY, or OPENAI_BASE_URL to another"
-            )
-        if not re.fullmatch("[!-~]*", self.key):  # which an error of the library would quote
+        super().__init__(url.rstrip("/") + "/chat/completions")
+
+        host = url.split("/")[2].rpartition("@")[2]
+        self.name = f"judge {model} at {host}"
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not self.key and not self.on_this_machine:
+            text = "wants a key: set OPENAI_API_KEY, or OPENAI_BASE_URL to another address"
+            raise UserError(f"{self.name} {text}")
+        if not re.fullmatch("[!-~]*", self.key):  # an error of requests would quote it
             raise UserError("OPENAI_API_KEY has characters that no key has")
-        self.headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        if self.key:
+            self.headers = {"Authorization": f"Bearer {self.key}"}
+
+        self.model = model
+        self.question = question
         scale = SCALE.search(question)
         self.bounds = sorted(map(int, scale.groups())) if scale else None
-        self.model, self.question, self.at = model, question, at
+        self.at = at
         self.samples = samples or (1 if self.bounds else 5)
         self.answers = Answers()
-        self.refused, self.top = (
-            set(),
-            20,
-        )  # fields that the service refuses; logprobs it is asked for
-        self.reached = self.no_logprobs = self.astray = False  # what it turns out to do
+
+        # taken out one by one if the service refuses them
+        self.options = {"max_tokens": 16, "temperature": 0, "logprobs": True, "top_logprobs": 20}
+        self.reached = False
+        self.warned = False
+
+    def open(self, run):
+        """Keep the answers in the folder of a run; all its judges share them and their limit."""
+        self.answers = answers_of(run)
+
+    def record(self):
+        """Return what was asked of all judges by all processes since the run began."""
+        return self.answers.record()
 
     def __call__(self, images, prompts):
-        """[B]; what was not asked before is asked, in parallel once the first has shown what goes wrong."""
-        keys, jobs = [], {}
+        keys, questions = [], {}
         for image, prompt in zip(images, prompts):
-            picture = {
-                "type": "image_url",
-                "image_url": {"url": f"data:image/png;base64,{png(image)}"},
-            }
-            text = {"type": "text", "text": self.question.replace("{prompt}", prompt)}
-            talk = [{"role": "user", "content": [picture, text]}]
-            body = {"model": self.model, "messages": talk, "max_tokens": 16}
-            keys.append(hashlib.sha256(json.dumps(body).encode()).hexdigest()[:16])
-            if keys[-1] not in self.answers.values:
-                jobs[keys[-1]] = body
-        if jobs and not self.reached:
-            self.answer_all([jobs.popitem()])
-        if jobs:
-            self.answer_all(jobs.items())
+            picture = {"url": f"data:image/png;base64,{png(image)}"}
+            text = self.question.replace("{prompt}", prompt)
+            content = [{"type": "image_url", "image_url": picture}, {"type": "text", "text": text}]
+            body = {"model": self.model, "messages": [{"role": "user", "content": content}]}
+
+            key = hashlib.sha256(json.dumps(body).encode()).hexdigest()[:16]
+            keys.append(key)
+            if key not in self.answers.values:
+                questions[key] = body
+
+        self.answer_all(list(questions.items()))
         return torch.tensor([self.answers.values[key] for key in keys])
 
-    def answer_all(self, jobs):
-        """Answer (key, body) of each question. After an error no more are begun; those under way are kept."""
+    def answer_all(self, questions):
+        """Find the value of each question (key, body), `at` of them at a time.
+
+        After an error no more are begun, but those under way are finished and kept.
+        """
         errors = []
 
-        def work(job):
+        def answer(question):
+            key, body = question
             try:
                 if not errors:
-                    self.answers.add(values={job[0]: self.score(job[1])})
+                    self.answers.add(values={key: self.score(body)})
             except UserError as error:
                 errors.append(error)
 
-        with ThreadPool(
-            self.at
-        ) as pool:  # a second Ctrl-C ends the process, whatever its threads do
-            pool.map(work, jobs, chunksize=1)
+        alone = 0 if self.reached else 1  # the first, so that a wrong setting fails once
+        with ThreadPool(self.at) as pool:  # unlike a ThreadPoolExecutor it lets Ctrl-C through
+            pool.map(answer, questions[:alone], chunksize=1)
+            pool.map(answer, questions[alone:], chunksize=1)
         if errors:
-            hint = "; mend this, then go on with --resume" if self.answers.path else ""
-            raise UserError(f"{errors[0]}{hint}")
+            raise errors[0]
 
     def score(self, body):
-        """The value of what a question is answered; NaN if that is nothing of use."""
-        if not self.no_logprobs:
-            said = [self.ask(body | {"temperature": 0, "logprobs": True, "top_logprobs": 20})]
-            if not said[0][1]:
-                warn(f"{self.name} gives no logprobs: the mean of {self.samples} answers counts")
-                self.no_logprobs = True
-        if self.no_logprobs:
-            body = body | {"temperature": int(self.samples > 1)}
-            said = [self.ask(body) for _ in range(self.samples)]
-        values = [rating(*one, *self.bounds) if self.bounds else percent_yes(*one) for one in said]
-        value = torch.tensor(values).nanmean().item()
-        if math.isnan(value) and not self.astray:
-            self.astray = True
-            warn(f"{self.name} does not answer as asked: it says {self.shown(said[0][0])!r}")
+        """Return the value of the answer to a request."""
+        if "logprobs" in self.options:
+            said, tokens = self.ask(body)
+            if tokens:
+                return self.value(said, tokens)
+
+            warn(f"{self.name} gives no logprobs: the mean of {self.samples} answers counts")
+            self.options.pop("logprobs", None)
+            self.options.pop("top_logprobs", None)
+            if "temperature" in self.options and self.samples > 1:
+                self.options["temperature"] = 1
+
+        values = [self.value(*self.ask(body)) for _ in range(self.samples)]
+        return torch.tensor(values).nanmean().item()
+
+    def value(self, said, tokens):
+        """Return the value of one answer, NaN if it is of no use."""
+        if self.bounds:
+            value = rating(said, tokens, *self.bounds)
+        else:
+            value = percent_yes(said, tokens)
+
+        if math.isnan(value) and not self.warned:
+            warn(f"{self.name} does not answer as asked: it says {self.shown(said)!r}")
+            self.warned = True
         return value
 
     def post(self, body):
-        """What `read` returns. An error of requests if it may be asked again, UserError if that is no use."""
+        """Return what `read` does of an answer.
+
+        An error of requests if it is worth another try, UserError if it is not.
+        """
         self.answers.add(requests=1)
-        body = {name: value for name, value in body.items() if name not in self.refused}
-        if "top_logprobs" in body:
-            body["top_logprobs"] = self.top
-        answer, data = self.send(body)
-        status, text = answer.status_code, data.decode(errors="replace")
-        said = self.read(text) if status == 200 else None
-        self.reached, self.attempts = True, 8  # a wrong address shows sooner
-        if said:
-            return said
-        message = (re.search(r'"(?:message|detail|error)": ?"([^"]+)', text) or ["", text])[1]
+        options = dict(self.options)
+        response = self.send(body | options)
+        self.reached = True
+        self.attempts = 8
+
+        status = response.status_code
+        text = response.content.decode(errors="replace")
+        if status == 200:
+            return self.read(text)
+
+        found = re.search(r'"(?:message|detail|error)": ?"([^"]+)', text)
+        message = found[1] if found else text
         reason = f"status {status}: {self.shown(message)}"
-        fields = body.keys() - {"model", "messages"} if status in (400, 403, 422) else ()
-        refused = {name for name in fields if re.search(rf"\b{name}\b", message)}
-        if "top_logprobs" in refused and self.top > 5:  # which many services have as their limit
-            self.top = 5
-        else:
-            self.refused |= refused
-        again = (status in (408, 429) or status >= 500) and "insufficient_quota" not in text
-        if again or refused:
-            raise requests.HTTPError(reason, response=answer)
-        raise UserError(f"{self.name} {WHY.get(status, 'is no chat completions API')}: {reason}")
+
+        refused = [name for name in options if re.search(rf"\b{name}\b", message)]
+        if status in (400, 403, 422) and refused:
+            for name in refused:
+                if options[name] == 20:
+                    self.options[name] = 5  # the limit of many services for top_logprobs
+                else:
+                    self.options.pop(name, None)
+            raise requests.HTTPError(reason)
+
+        if (status in (408, 429) or status >= 500) and "insufficient_quota" not in text:
+            raise requests.HTTPError(reason, response=response)
+        raise UserError(f"{self.name} {WHY.get(status, ELSE)}: {reason}")
 
     def read(self, text):
-        """(what is said, [(word, {word: probability}) of each token, if the service gives them])."""
+        """Return what was said, and (word, {word: probability}) of each token if they are given."""
         try:
-            data, tokens = json.loads(text), []
-            choice, spent = (
-                data["choices"][0],
-                int((data.get("usage") or {}).get("total_tokens") or 0),
-            )
+            data = json.loads(text)
+            choice = data["choices"][0]
             said = str(choice["message"]["content"] or "")
+            spent = int((data.get("usage") or {}).get("total_tokens") or 0)
+
+            tokens = []
             for token in (choice.get("logprobs") or {}).get("content") or ():
                 odds = Counter()
                 for other in token.get("top_logprobs") or ():
                     odds[word(other["token"])] += math.exp(other["logprob"])
-                tokens += [(word(token["token"]), odds)] if odds else []
-        except MALFORMED as error:
+                if odds:
+                    tokens.append((word(token["token"]), odds))
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise requests.HTTPError(f"no chat completion, but {self.shown(text)}") from error
+
         self.answers.add(tokens=spent)
         return said, tokens
 
     def shown(self, text):
-        """The beginning of a text in one line and without the key."""
+        """Return the beginning of a text, in one line and without the key."""
         text = " ".join(text.replace("\\/", "/").split())
-        return (text.replace(self.key, "***") if len(self.key) > 7 else text)[:160]
+        if len(self.key) > 7:  # not that of a local server, as "none"
+            text = text.replace(self.key, "***")
+        return text[:160]
 
 
 class Answers:
-    """What judges said, kept in the folder of the run, so that nothing is asked twice; and what it took.
+    """What judges answered, {key: value}, and how many requests and tokens that took.
 
-    limit: of the requests in a run, or None; each of several processes has an even share. Each has a file of
-    its own. UserError if there is a limit, but no judge.
+    With a folder both are kept in judge-RANK.jsonl, so that a resumed run asks nothing twice.
+
+    limit: of requests in the whole run, or None; each process may make an even share of them
     """
 
-    def __init__(self, rewards=(), limit=None):
-        self.judges = [
-            term for r in rewards for term in r.terms.values() if isinstance(term, Judge)
-        ]
-        for judge in self.judges:
-            judge.answers = self
-        if limit and not self.judges:
-            raise UserError("--max-requests: there is no judge in --reward or --watch")
-        self.rank, self.world = processes()
-        self.limit = limit // self.world if limit else math.inf
-        self.values, self.spent = {}, Counter(requests=0, tokens=0)
-        self.path, self.lock = None, threading.Lock()
+    def __init__(self, folder=None, limit=None):
+        self.values = {}
+        self.spent = Counter(requests=0, tokens=0)
+        self.lock = threading.Lock()
+        self.path = None
+        rank, world = processes()
 
-    def open(self, folder):
-        """Take over what is in the run's folder, and write there from now on."""
-        if not self.judges:
-            return
-        if dist.is_initialized():
-            dist.barrier()  # until the first process has made it
-        new = {"values": self.values.copy(), **self.spent}
-        for path in folder.glob("judge-*.jsonl"):
-            mine = (
-                int(path.stem[6:]) % self.world == self.rank
-            )  # there may have been more processes
-            for text in path.read_bytes().splitlines():
-                with suppress(*MALFORMED):  # one that was cut short
-                    line = json.loads(text)
-                    self.values |= {key: float(value) for key, value in line["values"].items()}
-                    self.spent.update({name: mine * int(line[name]) for name in self.spent})
-        self.path = folder / f"judge-{self.rank}.jsonl"
-        append_line(self.path, json.dumps(new))
+        if folder:
+            self.path = folder / f"judge-{rank}.jsonl"
+            for path in folder.glob("judge-*.jsonl"):  # there may have been more processes
+                for line in read_lines(path):
+                    self.values.update(line.pop("values", {}))
+                    self.spent.update(line)
+        if folder and dist.is_initialized():
+            dist.barrier()  # or another process would read what this one adds
+
+        self.limit = limit
+        self.left = ((limit or math.inf) - self.spent["requests"]) // world
+        if rank > 0:  # what was spent before is counted by the first
+            self.spent = Counter(requests=0, tokens=0)
 
     def add(self, values={}, requests=0, tokens=0):
-        """Take in {key: value} of answers, and what it took; write it down. UserError above the limit."""
+        """Add values, and what was spent. UserError if no request is left."""
         with self.lock:
-            if requests and self.spent["requests"] >= self.limit:
-                raise UserError(f"--max-requests is used up: each process may ask {self.limit}")
-            self.values |= values
+            if requests > self.left:
+                raise UserError(f"the {self.limit} requests of --max-requests are used up")
+            self.left -= requests
+            self.values.update(values)
             self.spent.update(requests=requests, tokens=tokens)
             if self.path:
-                append_line(
-                    self.path,
-                    json.dumps({"values": values, "requests": requests, "tokens": tokens}),
-                )
+                line = {"values": values, "requests": requests, "tokens": tokens}
+                append_line(self.path, line)
 
     def record(self):
-        """The requests and tokens of all processes since the run began, for its records; or nothing."""
-        counts = {name: torch.tensor([n]) for name, n in self.spent.items()}
-        return (
-            {name: int(n.sum()) for name, n in gather_rows([counts]).items()} if self.judges else {}
-        )
+        """Return the requests and tokens of all processes since the run began."""
+        return {name: sum_over_processes(number) for name, number in self.spent.items()}
+
+
+@functools.cache
+def answers_of(run):
+    """Return the Answers of a run, the same for all its judges."""
+    return Answers(run.folder, run.args.max_requests)
 
 
 def word(token):
-    """A token without case, spaces and other marks."""
+    """Return a token without case, spaces and other marks."""
     return re.sub("[^a-z0-9]", "", token.lower())
 
 
 def percent_yes(text, tokens):
-    """The probability of yes against no at the first word, in percent; NaN if it is neither."""
-    odds = (
-        [odds for token, odds in tokens if token]
-        or [{word(first): 1} for first in text.split()]
-        or [{}]
-    )
-    yes, no = odds[0].get("yes", 0), odds[0].get("no", 0)
+    """Return the probability of yes against no at the first word, in percent; NaN if it is neither.
+
+    tokens: (word, {word: probability}) of each, if known
+    """
+    first = [odds for token, odds in tokens if token][:1]
+    if not first:
+        first = [{word(text): 1} for text in text.split()[:1]]
+    odds = first[0] if first else {}
+
+    yes, no = odds.get("yes", 0), odds.get("no", 0)
     return 100 * yes / (yes + no) if yes + no > 0.01 else math.nan
 
 
 def rating(text, tokens, low, high):
-    """The expectation of the first number in an answer; NaN if it has none in bounds.
+    """Return the expectation of the first number in an answer; NaN if none is within bounds.
 
-    A number of several tokens, as 7.5 is, counts as it was said. A token that may begin a longer number, as 1
-    may begin 10, is left out unless it was said.
+    A number of several tokens, as 7.5 is, counts as it was said. A token that may begin a longer
+    number, as 1 may begin 10, is left out unless it was said.
+
+    tokens: (word, {word: probability}) of each, if known
     """
     found = re.search(r"\d+(\.\d+)?", SCALE.sub("", text))
-    if not found or not low <= (said := float(found[0])) <= high:
+    if not found or not low <= float(found[0]) <= high:
         return math.nan
+
+    said = float(found[0])
     for token, odds in tokens:
         if token == found[0] and odds.get(token):
-            p = {
-                n: odds.get(str(n), 0)
-                for n in range(low, high + 1)
-                if n in (0, said) or 10 * n > high
-            }
-            return sum(n * p[n] for n in p) / sum(p.values())
+            whole = [n for n in range(low, high + 1) if n in (0, said) or 10 * n > high]
+            p = {n: odds.get(str(n), 0) for n in whole}
+            return sum(n * p[n] for n in whole) / sum(p.values())
     return said
 
 
 def load(device, *options):
-    """The Judge of the options in a term `judge:...`: a model, whose name may have colons, a question in
-    quotes, x32 for 32 questions at a time, n9 for nine samples where the service gives no logprobs.
+    """Return the Judge of the options in a term `judge:...`.
+
+    They are a model, whose name may have colons, a question in quotes, x32 for 32 questions at a
+    time, n9 for nine samples where the service gives no logprobs.
     """
-    numbers = [option for option in options if re.fullmatch("[xn][1-9][0-9]{0,2}", option)]
-    texts = [option.strip('"') for option in options if option not in numbers]
-    names, questions = [t for t in texts if " " not in t], [t for t in texts if " " in t]
-    if not names or len(questions) > 1:
-        raise UserError(
-            f"reward judge:{':'.join(options)} must name a model, and one question at most"
-        )
-    given = {"at" if option[0] == "x" else "samples": int(option[1:]) for option in numbers}
-    return Judge(":".join(names), *questions, **given)
+    counts = {option[0]: int(option[1:]) for option in options if NUMBER.fullmatch(option)}
+    others = [option for option in options if not NUMBER.fullmatch(option)]
+    names, question = names_and_question("judge", others)
+    if not names:
+        raise UserError(f"reward judge:{':'.join(options)} must name a model")
+    return Judge(":".join(names), question, counts.get("x", 16), counts.get("n"))

@@ -1,7 +1,8 @@
-"""Loading what is not ours: models of the hub, and code of users, whose errors become one line."""
+"""Loading what is not ours: models of the hub, and functions in users' files."""
 
+import importlib.util
 import os
-from contextlib import contextmanager
+import sys
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -9,30 +10,51 @@ from huggingface_hub import hf_hub_download
 from support.errors import UserError, first_line, why_unreachable
 
 
-@contextmanager
-def errors_of(source):
-    """Inside, what others' code raises, even by sys.exit, becomes a UserError that begins with the source."""
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):  # their remedies are known
-        raise
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{source} raised {type(error).__name__}: {first_line(error)}") from error
+def load_function(what, term):
+    """Return the function of a term "path/to/file.py:function".
+
+    The file may import what is in its folder. What it raises is shown as Python shows it.
+
+    what: "reward" or "estimator", for messages
+    UserError if there is no such file, or no such function in it.
+    """
+    path, name = term.rsplit(":", 1)
+    path = os.path.expanduser(path.strip('"'))
+    if not os.path.isfile(path):
+        raise UserError(f"{what} {term}: there is no file {path}")
+
+    # last, so that it hides no module of Python or of ours
+    sys.path.append(os.path.dirname(os.path.abspath(path)))
+
+    # a name no other module has, by which dataclasses and pickle find it
+    module_name = f"{what}_file_{len(sys.modules)}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    spec.loader.exec_module(module)
+
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"{what} {term}: {path} has no function {name}")
+    return function
 
 
 def pretrained(kind, path, **options):
-    """`kind.from_pretrained(path, **options)`, of the hub or a folder. UserError if it is not there."""
-    with errors_of(f"{path} holds no {kind.__name__} that transformers can load; it"):
-        try:
-            return kind.from_pretrained(path, **options)
-        except OSError as error:
-            if os.path.isdir(path):
-                raise
+    """Return kind.from_pretrained(path, **options), of a folder or of the hub.
+
+    UserError if it cannot be had.
+    """
+    try:
+        return kind.from_pretrained(path, **options)
+    except Exception as error:  # whatever a damaged or foreign folder makes transformers raise
+        if isinstance(error, OSError) and not os.path.isdir(path):
             raise UserError(why_unreachable(path, error)) from error
+        text = f"{path} holds no {kind.__name__} that transformers can load"
+        raise UserError(f"{text}: {first_line(error)}") from error
 
 
 def downloaded(hub_id, file):
-    """The path of a file of the hub, downloaded if need be. UserError if it is not there."""
+    """Return the path of a file of the hub, downloaded if need be. UserError if it is not there."""
     try:
         return hf_hub_download(hub_id, file)
     except OSError as error:
@@ -40,5 +62,5 @@ def downloaded(hub_id, file):
 
 
 def large_model_dtype(device):
-    """What models too large for float32 are loaded in: bfloat16 on a GPU."""
+    """Return what models too large for float32 are loaded in: bfloat16 on a GPU."""
     return torch.bfloat16 if str(device).startswith("cuda") else torch.float32

@@ -10,10 +10,12 @@ from support.pictures import to_pil
 
 
 class Ocr:
-    """How well the words that stand in quotes in the prompt can be read: 1 to 0, without case and spaces.
+    """Says how well the words in quotes in a prompt can be read in its image, 0 to 1.
 
-    1 - edit distance / length of what is asked for, as in Flow-GRPO (Liu et al. 2025). NaN without quotes.
-    engine: a callable from a PIL image to something with `txts`, as rapidocr's.
+    1 - edit distance / length of what is asked for, as in Flow-GRPO (Liu et al. 2025), without
+    case and spaces; NaN if nothing is in quotes.
+
+    engine: a callable from a PIL image to something with `txts`, as rapidocr's
     """
 
     def __init__(self, engine):
@@ -22,31 +24,40 @@ class Ocr:
     def __call__(self, images, prompts):
         R = []
         for image, prompt in zip(images, prompts):
-            wanted = "".join(re.findall(r'["“]([^"“”]+)["”]', prompt))
-            read = " ".join(self.engine(to_pil(image)).txts or ())
-            wanted, read = ("".join(text.lower().split()) for text in (wanted, read))
-            R.append(1 - min(edit_distance(wanted, read) / len(wanted), 1) if wanted else math.nan)
+            wanted = without_spaces(re.findall(r'["“]([^"“”]+)["”]', prompt))
+            read = without_spaces(self.engine(to_pil(image)).txts or ())
+            if wanted:
+                R.append(1 - min(edit_distance(wanted, read) / len(wanted), 1))
+            else:
+                R.append(math.nan)
         return torch.tensor(R)
 
 
+def without_spaces(texts):
+    """Return texts as one, in lower case and without spaces."""
+    return "".join("".join(texts).lower().split())
+
+
 def edit_distance(a, b):
-    """Insertions, deletions and substitutions that turn text a into b (Levenshtein 1966)."""
+    """Count the insertions, deletions and substitutions that turn a into b (Levenshtein 1966)."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
+        diagonal = row[0]
+        row[0] = i
         for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+            best = min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+            diagonal = row[j]
+            row[j] = best
     return row[-1]
 
 
 def load(device, *options):
-    """PP-OCR through the package rapidocr, which brings its models along. UserError if it is missing."""
+    """Return PP-OCR through the package rapidocr, which brings its models. UserError if missing."""
     if options:
-        raise UserError(f"reward ocr takes no options, as {options[0]}")
+        raise UserError(f"reward ocr takes no options, such as {options[0]}")
     try:
         from rapidocr import RapidOCR
     except ImportError as error:
-        raise UserError(
-            "reward ocr needs two more packages: pip install rapidocr onnxruntime"
-        ) from error
+        text = "reward ocr needs two more packages: pip install rapidocr onnxruntime"
+        raise UserError(text) from error
     return Ocr(RapidOCR(params={"Global.log_level": "error"}))

@@ -1,14 +1,14 @@
-"""PickScore v1 (Kirstain et al. 2023): a CLIP ViT-H/14 tuned on half a million choices between images.
+"""PickScore v1 (Kirstain et al. 2023): a CLIP ViT-H/14 tuned on half a million choices of people.
 
-Its unit is the model's own: the logarithm of the odds that one image is preferred to another is the
-difference of their scores. Typically 17 to 24.
+Its unit is the model's own: the logarithm of the odds that one image is preferred to another is
+the difference of their scores. Scores are typically 17 to 24.
 """
 
 from zoo.loading import large_model_dtype
 
 
 def load(clip_from, device):
-    """The Clip of PickScore; `clip_from` loads one, see rewards.py."""
+    """Return the Clip of PickScore, loaded by `clip_from` of rewards.py."""
     processors = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     dtype = large_model_dtype(device)
     clip = clip_from("yuvalkirstain/PickScore_v1", processors, device, dtype=dtype)
