@@ -2,17 +2,19 @@
 
 The method is that of McAllister et al., "Finite Difference Flow Optimization for RL
 Post-Training of Text-to-Image Models" (arXiv:2603.12893). This file is plain PyTorch and imports
-nothing of ours: copy it into your project. `python -m studies.toy` shows all of it on a flow in two
-dimensions.
+nothing else of this project: copy it into yours. `python -m studies.toy` shows all of it on a flow
+in two dimensions.
 
     t, s   times, from 1 (noise) to 0 (image); a step goes from t to s < t
-    eps    standard normal noise; x_t = (1 - t) x_0 + t eps
+    x_t    the image at time t: x_t = (1 - t) x_0 + t eps
+    eps    standard normal noise: in the arguments, the noise that an image is sampled from
     v      the velocity dx/dt = eps - x_0, which the model predicts from x_t, t and cond
     cond   what the image is to show, one row for each image (in train.py the index of its prompt)
     theta  the P numbers that are trained, those of a LoRA
-    R      the reward of an image; J(theta) is its mean over noise and prompts, and is to rise
-    G, K   groups and branches: a group is the K images sampled from one noise (K = 2: a pair)
+    R      the reward of an image; training should raise J(theta), its mean over noise and prompts
     g      an estimate of a gradient: of J with respect to theta [P], or of R with respect to x_0
+    G, K   groups and branches: a group is the K images sampled from one noise (K = 2: a pair)
+    M      members of a population: models with different theta that are computed together
 """
 
 import math
@@ -35,20 +37,23 @@ from torch.nn.utils import parameters_to_vector
 def churned_step(x, v, t, s, churn=0.0, noise=torch.randn_like):
     """Take a step of the flow ODE from time t to s <= t, with fresh noise.
 
-    Like the stochastic sampler of Karras et al. 2022 (algorithm 2), which adds noise and then
-    steps; here the step comes first. It overshoots to r <= s, then adds noise, back to exactly the
-    level of s: the noise level r / (1 - r), times 1 + churn, is s / (1 - s). So x_s is distributed
-    as after a plain step. churn = 0 is a plain Euler step.
+    The noise level at time t is noise over image, t / (1 - t). The step goes too far, to r <= s,
+    where the level is that of s over 1 + churn; then noise is added, back to exactly the level of
+    s. So x_s is distributed as after a plain Euler step, which this is at churn = 0. The stochastic
+    sampler of Karras et al. 2022 (algorithm 2) adds noise first, and then steps.
 
-    x, v: [B, ...]
+    x: [B, ...] at time t
+    v: [B, ...], the velocity there
+    churn: strength of the fresh noise, >= 0
     noise: a function from x to normal noise of its shape
     Returns x_s [B, ...].
     """
     r = s / (1 + churn * (1 - s))
     x_r = x + (r - t) * v
-
-    if churn == 0 or s == 0:  # no noise may be left in the image
+    if churn == 0 or s == 0:  # nothing to add
         return x_r
+
+    # variances add: from r to (1 + churn) r; then image and noise together are scaled to time s
     return (x_r + r * math.sqrt((1 + churn) ** 2 - 1) * noise(x)) / (1 + churn * r)
 
 
@@ -56,12 +61,12 @@ def sample(velocity, eps, cond, times, churn=0.0, noise=torch.randn_like, trajec
     """Integrate the flow ODE from noise eps [B, ...] to image latents x_0 [B, ...].
 
     times: decreasing floats, from 1 at most down to 0, one more than there are steps
-    churn: strength >= 0 of the fresh noise in every step
+    churn: strength of the fresh noise in every step
     trajectory: a list that receives (x_t, v) of every step
     """
-    # the branches of a group get different starting noise, too
+    # with churn the starting noise is stirred, too, so that branches start differently
     x = churned_step(eps, 0.0, 1.0, 1.0, churn, noise)
-    x = times[0] * x  # some schedules start a little below 1
+    x = times[0] * x  # some schedules start a little below 1, where x_t is about t eps
 
     for t, s in pairwise(times):
         v = velocity(x, t, cond)
@@ -77,9 +82,10 @@ def sample(velocity, eps, cond, times, churn=0.0, noise=torch.randn_like, trajec
 class LoRALinear(nn.Module):
     """A frozen linear layer plus (alpha / rank) B A x (Hu et al. 2021); A starts gaussian, B zero.
 
-    A [rank, in] and B [out, rank] are float32 (float64 over float64) and compute in the input's
-    dtype. With a `population` (A [M, rank, in], B [M, out, rank]) image i of the batch is computed
-    by member i mod M, so that one pass through the network evaluates M values of theta.
+    A [rank, in] and B [out, rank] are float32 (float64 if the layer is) and compute in the dtype of
+    the input. A `population` is M other values of both, its members: (A [M, rank, in],
+    B [M, out, rank]). With it, image i of a batch is computed by member i mod M, so that one pass
+    through the network evaluates M values of theta; a batch is then a multiple of M images.
     """
 
     def __init__(self, base, rank, alpha, generator=None):
@@ -100,19 +106,20 @@ class LoRALinear(nn.Module):
         if self.population is None:
             return self.base(x) + self.scale * (x @ self.A.to(x.dtype).mT) @ self.B.to(x.dtype).mT
 
-        A, B = (
-            matrix.to(x.dtype).mT for matrix in self.population
-        )  # [M, in, rank], [M, rank, out]
-        rows = x[0].numel() // x.shape[-1]  # tokens of an image
-        images = x.reshape(-1, len(A), rows, x.shape[-1])  # [B / M, M, rows, in]
-        return self.base(x) + (self.scale * (images @ A) @ B).view(*x.shape[:-1], -1)
+        A_T = self.population[0].to(x.dtype).mT  # [M, in, rank]
+        B_T = self.population[1].to(x.dtype).mT  # [M, rank, out]
+        tokens = x[0].numel() // x.shape[-1]
+        images = x.reshape(-1, len(A_T), tokens, x.shape[-1])  # [images / M, M, tokens, in]
+        return self.base(x) + (self.scale * (images @ A_T) @ B_T).view(*x.shape[:-1], -1)
 
 
 class LoRA:
     """Wraps each nn.Linear of a model whose dotted name ends with a target, and freezes the rest.
 
+    targets: ends of names, as "to_q" or "attn.to_out.0"
+    alpha: scale of B A x, over the rank (default: the rank, so 1)
     layers: {name: LoRALinear}
-    parameters: all A and B, which are theta
+    parameters: a list of A and B of each layer in turn, which are theta
     ValueError if no layer matches.
     """
 
@@ -127,6 +134,7 @@ class LoRA:
                 model.set_submodule(name, self.layers[name])
         if not self.layers:
             raise ValueError(f"the model has no linear layer named {' or '.join(targets)}")
+
         self.parameters = [p for layer in self.layers.values() for p in (layer.A, layer.B)]
         self.start = None  # theta [P] where training began, if not at the base model
 
@@ -137,8 +145,9 @@ class LoRA:
 
     @contextmanager
     def perturbed(self, offsets):
-        """Inside, image i of every batch sees theta + offsets[i mod M], of offsets [M, P]."""
+        """Within the `with` block, image i is computed with theta + offsets[i mod M], [M, P]."""
         members = [p.detach() + o for p, o in zip(self.parameters, self.unflatten(offsets))]
+        # A and B of each layer alternate
         for layer, A, B in zip(self.layers.values(), members[0::2], members[1::2]):
             layer.population = (A, B)
         try:
@@ -149,7 +158,7 @@ class LoRA:
 
     @contextmanager
     def switched_off(self):
-        """Inside, the model is the one that training began with: the base model, or `start`."""
+        """Within the `with` block, the model is the one that training began with."""
         if self.start is not None:
             theta = parameters_to_vector(self.parameters).detach()
             with self.perturbed((self.start - theta)[None]):
@@ -177,8 +186,8 @@ class Problem:
     An estimator is a function (problem, noise eps [G, ...], cond [G, ...], generator, options).
     From rewards alone it estimates dJ/dtheta, accumulates the negative into every parameter's
     .grad, and returns how many images it sampled. `spsa` and `central_difference` estimate the
-    gradient itself, `fdfo` something that points the same way, plus its pull to the base model;
-    an optimiser like Adam does not mind the scale. Under torchrun all processes call an
+    gradient itself; `fdfo` something that points in about the same direction, plus its pull to the
+    base model. An optimiser like Adam does not mind the scale. Under torchrun all processes call an
     estimator alike; each does its share and gets the whole gradient.
     """
 
@@ -195,9 +204,9 @@ class Problem:
 
 
 def micro_batches(size, *tensors):
-    """This process's share of the rows of tensors, in even parts of at most `size` rows.
+    """Split this process's share of the rows of tensors into even batches of at most `size` rows.
 
-    Returns [(part of each tensor, ...), ...].
+    Returns [(rows of each tensor, ...), ...].
     """
     rank, world = 0, 1
     if dist.is_initialized():
@@ -206,8 +215,8 @@ def micro_batches(size, *tensors):
         raise ValueError(f"{world} processes cannot share {len(tensors[0])} parts of the work")
 
     shares = [tensor.tensor_split(world)[rank] for tensor in tensors]
-    parts = math.ceil(len(shares[0]) / max(1, size))
-    return list(zip(*(share.tensor_split(parts) for share in shares)))
+    batches = math.ceil(len(shares[0]) / max(1, size))
+    return list(zip(*(share.tensor_split(batches) for share in shares)))
 
 
 def sum_over_processes(*tensors):
@@ -222,25 +231,28 @@ def sum_over_processes(*tensors):
 
 @torch.no_grad()
 def slopes(problem, directions, h, eps, cond):
-    """Slopes (R(theta + h d) - R(theta - h d)) / 2h along directions d [M, P]: [M, n].
+    """Measure the slopes of the reward along directions d [D, P]: [D, n].
 
-    Each direction is tried at n noises, eps and cond [M, n, ...]. Both sides see the same noise
-    (common random numbers), and one pass of the sampler serves all directions.
+    (R_plus - R_minus) / 2h, where R_plus is the reward of the image made with theta + h d, and
+    R_minus with theta - h d. Each direction is tried at n noises, eps and cond [D, n, ...]. Both
+    sides see the same noise (common random numbers), and one pass of the sampler serves a
+    population of all directions and sides, M = 2 D.
     """
-    M = len(directions)
-    size = max(1, problem.batch // (2 * M))
+    D = len(directions)
+    members = torch.cat([h * directions, -h * directions])
+    size = max(1, problem.batch // len(members))
 
     slopes_by_batch = []
     for e, c in zip(eps.split(size, dim=1), cond.split(size, dim=1)):
-        # [n, 2 M, ...]: the images of one n are those of theta + h d for all d, then theta - h d
+        # for each noise: D images with theta + h d, then D with theta - h d
         e = torch.cat([e, e]).transpose(0, 1).flatten(0, 1)
         c = torch.cat([c, c]).transpose(0, 1).flatten(0, 1)
-        with problem.lora.perturbed(torch.cat([h * directions, -h * directions])):
+        with problem.lora.perturbed(members):
             x = sample(problem.velocity, e, c, problem.times)
 
-        plus, minus = problem.reward(x, c).to(directions).view(-1, 2, M).unbind(1)
+        plus, minus = problem.reward(x, c).to(directions).view(-1, 2, D).unbind(1)
         slopes_by_batch.append((plus - minus).T / (2 * h))
-    return torch.cat(slopes_by_batch, dim=1).nan_to_num()  # a lost reward counts as no slope
+    return torch.cat(slopes_by_batch, dim=1).nan_to_num()  # a reward that is NaN counts as no slope
 
 
 def central_difference(
@@ -248,8 +260,8 @@ def central_difference(
 ):
     """Estimate dJ/dtheta by central differences, one coordinate i of theta after another.
 
-    g_i = (J(theta + h e_i) - J(theta - h e_i)) / 2h. Exact up to O(h^2), at 2 G images for each
-    coordinate; the other parameters get no gradient.
+    g_i = (J(theta + h e_i) - J(theta - h e_i)) / 2h, with the unit vectors e_i. Exact up to O(h^2);
+    costs 2 G images for each coordinate. The other parameters get no gradient.
 
     h: step in each parameter
     coordinates: parameters tried, drawn at random
@@ -257,10 +269,11 @@ def central_difference(
     g = torch.zeros_like(parameters_to_vector(problem.lora.parameters))
     tried = torch.randperm(len(g), generator=generator, device=g.device)[:coordinates]
 
-    for (i,) in micro_batches(problem.batch // (2 * len(eps)), tried):
-        e_i = F.one_hot(i, len(g)).to(g)  # [M, P]
-        e, c = eps.expand(len(i), *eps.shape), cond.expand(len(i), *cond.shape)
-        g[i] = slopes(problem, e_i, h, e, c).mean(1)
+    for (some,) in micro_batches(problem.batch // (2 * len(eps)), tried):
+        units = F.one_hot(some, len(g)).to(g)  # [D, P]
+        each_eps = eps.expand(len(some), *eps.shape)
+        each_cond = cond.expand(len(some), *cond.shape)
+        g[some] = slopes(problem, units, h, each_eps, each_cond).mean(1)
 
     sum_over_processes(g)
     problem.lora.add_grad(-g)
@@ -270,8 +283,9 @@ def central_difference(
 def spsa(problem, eps, cond, generator=None, h: float = 0.02, directions: int = 16):
     """Estimate dJ/dtheta by SPSA: all parameters at once, along random signs d (Spall 1992).
 
-    g = mean over d of (J(theta + h d) - J(theta - h d)) / 2h d. Unbiased up to O(h^2), at 2 G
-    images however many parameters there are.
+    g is the mean over directions of (J(theta + h d) - J(theta - h d)) / (2h) times d, with J the
+    mean over the groups of that direction. Unbiased up to O(h^2); costs 2 G images however many
+    parameters there are.
 
     h: step in every parameter
     directions: random directions, which share the groups
@@ -281,11 +295,11 @@ def spsa(problem, eps, cond, generator=None, h: float = 0.02, directions: int = 
     eps, cond = eps.unflatten(0, (directions, -1)), cond.unflatten(0, (directions, -1))
 
     g = torch.zeros_like(parameters_to_vector(problem.lora.parameters))
-    signs = torch.randint(
+    bits = torch.randint(
         2, (directions, len(g)), generator=generator, device=g.device, dtype=torch.int8
     )
-    for e, c, part in micro_batches(problem.batch // (2 * eps.shape[1]), eps, cond, signs):
-        d = 2 * part.to(g) - 1  # [M, P]
+    for e, c, some in micro_batches(problem.batch // (2 * eps.shape[1]), eps, cond, bits):
+        d = 2 * some.to(g) - 1  # random signs [D, P]
         g += slopes(problem, d, h, e, c).mean(1) @ d / directions
 
     sum_over_processes(g)
@@ -308,23 +322,24 @@ def fdfo(
 ):
     """Finite Difference Flow Optimization: compare images sampled from the same noise.
 
-    Every noise is churned into branches, which differ slightly. How the rewards of two of them
-    differ tells which way to move both:
+    From each noise K images are sampled with churn, its branches, which differ slightly. How the
+    rewards of two of them differ tells which way to move both (1 and 2 are branches, not times):
 
         g = (R_1 - R_2) (x_1 - x_2) / mean((x_1 - x_2)^2)
 
     An image moves along g if the velocity that makes it moves along -g. So the velocity is
     regressed onto its current value minus g. The exact direction would need the Jacobian of the
-    sampler: how x_0 answers to a nudge of v_t. It is taken for -dt times the identity, as if all
+    sampler: how x_0 responds to a nudge of v_t. It is taken for -dt times the identity, as if all
     later steps passed the nudge on unchanged. This *identity approximation* makes the estimate
-    biased; it works because a nudge does move the image mostly along itself (on the toy of
-    studies/toy.py the estimate has a cosine near 0.9 with the exact gradient).
+    biased, and so does that g is turned toward the directions in which branches differ. It works
+    because a nudge does move the image mostly along itself: on the toy of studies/toy.py the
+    estimate has a cosine near 0.9 with the exact gradient.
 
     Since g holds for the whole group, one of its branches is trained. It is trained with fresh
-    noise, at x_t = (1 - t) x_0 + t eps, although g was measured on another path: a flow model's
-    velocity at x_t is the mean over all images that x_t may become, so moving x_0 along g moves its
-    share of that mean. The paper trains at the steps that led to the image (fdfo_published in
-    studies/baselines.py).
+    noise, at x_t = (1 - t) x_0 + t noise, although g was measured on another path. A flow model's
+    velocity at x_t is the mean of noise - x_0 over all images x_0 that may lie behind x_t; if one
+    of them moves by g, its term moves by -g. The paper trains at the steps that led to the image
+    (fdfo_published in studies/baselines.py).
 
     branches: images sampled from each noise
     churn: strength of the fresh noise in every step, by which the branches differ
@@ -336,15 +351,15 @@ def fdfo(
             "fdfo compares at least 2 branches, and needs churn > 0 for them to differ"
         )
 
-    # 1. branch and 2. score
+    # 1. branch, 2. score, 3. difference: roll_out samples the images and computes g
     rolls = roll_out(problem, eps, cond, branches, churn, generator)
 
-    # 3. difference: in units of the mean absolute deviation, so one learning rate suits any reward
-    unit = sum(roll.spread.sum() for roll in rolls)
-    sum_over_processes(unit)
-    unit = (unit / len(eps)).clamp(min=1e-12)
+    # in units of the mean absolute deviation, so that one learning rate suits any reward
+    total = sum(roll.spread.sum() for roll in rolls)
+    sum_over_processes(total)
+    unit = (total / len(eps)).clamp(min=1e-12)
 
-    # 4. pull the velocity toward what it is, minus g
+    # 4. pull the velocity toward its current value minus g
     for roll in rolls:
         for t in draw_times(problem.times, train_steps, roll.generators):
             x_t = noised(roll.x_0, t, normal(roll.generators, roll.x_0))
@@ -356,24 +371,23 @@ def fdfo(
                     v_base = problem.velocity(x_t, t, roll.cond)
                 loss = loss + kl * F.mse_loss(v, v_base)
 
-            share = len(x_t) / (train_steps * len(eps))
-            (share * loss).backward()
+            # so that the losses of all batches and processes add up to one mean
+            weight = len(x_t) / (train_steps * len(eps))
+            (weight * loss).backward()
 
-    # the image may not depend on a layer at all, as the last of a stream of text
+    # .grad is None where the image does not depend on a layer, as the last of a stream of text
     sum_over_processes(*(p.grad for p in problem.lora.parameters if p.grad is not None))
     return branches * len(eps)
 
 
 class Rollout(NamedTuple):
-    """What is left to train on of a micro-batch of G groups that were sampled and scored."""
+    """What training needs of a batch of G groups that were sampled and scored."""
 
     x_0: torch.Tensor  # [G, ...], the first branch of each group
     cond: torch.Tensor  # [G, ...]
     g: torch.Tensor  # [G, ...], the direction in which the reward rises
     spread: torch.Tensor  # [G], mean absolute deviation of the rewards in a group
-    generators: (
-        list  # one for each group, so that its noise is the same in whichever batch it comes
-    )
+    generators: list  # of G, so that a group's noise is the same in whichever batch it comes
 
 
 @torch.no_grad()
@@ -381,15 +395,15 @@ def roll_out(problem, eps, cond, branches, churn, generator=None):
     """Sample and score all branches of eps [G, ...]; return a Rollout for each micro-batch."""
     rolls = []
     seeds = torch.randint(2**31, (len(eps),), generator=generator, device=eps.device)
-    for e, c, part in micro_batches(problem.batch // branches, eps, cond, seeds):
-        generators = [torch.Generator(e.device).manual_seed(seed) for seed in part.tolist()]
+    for e, c, some in micro_batches(problem.batch // branches, eps, cond, seeds):
+        generators = [torch.Generator(e.device).manual_seed(seed) for seed in some.tolist()]
 
         # sample the branches, side by side: [G K, ...]
         each_eps, each_cond = e.repeat_interleave(branches, 0), c.repeat_interleave(branches, 0)
         noise = partial(normal, generators)
         x = sample(problem.velocity, each_eps, each_cond, problem.times, churn, noise)
 
-        # score them; a group that has lost a reward says nothing
+        # score them; where one reward is NaN all of the group become 0, so that its g is 0
         R = problem.reward(x, each_cond).view(-1, branches)  # [G, K]
         R = R.where(R.isfinite().all(1, keepdim=True), 0)
         spread = (R - R.mean(1, keepdim=True)).abs().mean(1)
@@ -400,9 +414,10 @@ def roll_out(problem, eps, cond, branches, churn, generator=None):
 
 
 def image_gradient(R, x):
-    """FDFO's estimate g [G, D] of dR/dx_0, from rewards R [G, K] of images x [G, K, D].
+    """Estimate dR/dx_0 as FDFO does: g [G, D], from rewards R [G, K] of images x [G, K, D].
 
-    g = mean_k (R_k - mean R) (x_k - mean x) / mean square of (x_k - mean x), as in `fdfo` at K = 2.
+    g = mean_k (R_k - mean R) (x_k - mean x) / mean square of (x_k - mean x), over K branches and,
+    in the mean square, D latent pixels. For K = 2 it is the formula in `fdfo`.
     """
     dR = R - R.mean(1, keepdim=True)
     dx = x - x.mean(1, keepdim=True)
@@ -410,13 +425,13 @@ def image_gradient(R, x):
 
 
 def noised(x_0, t, noise):
-    """x_t = (1 - t) x_0 + t noise, for images x_0 [B, ...] and a time for each, t [B]."""
+    """Return x_t = (1 - t) x_0 + t noise, for images x_0 [B, ...] and a time for each, t [B]."""
     t = t.view(-1, *[1] * (x_0.dim() - 1))
     return (1 - t) * x_0 + t * noise
 
 
 def normal(generators, x):
-    """Draw normal noise like x [B, ...], an equal part of its images from each generator."""
+    """Draw normal noise like x [B, ...], for an equal part of its images from each generator."""
     parts = []
     for part, generator in zip(x.chunk(len(generators)), generators):
         parts.append(torch.randn(part.shape, generator=generator, device=x.device, dtype=x.dtype))
@@ -426,17 +441,18 @@ def normal(generators, x):
 def draw_times(times, n, generators):
     """Draw n random times for each of G groups, of those at which the sampler calls the network.
 
-    A time is as likely as its step is long, because that is how far its velocity moves the image.
-    The n are spread evenly over the way from noise to image, from a random start:
+    A time is as likely as its step is long, because that is how far its velocity moves the image:
+    n points are spread evenly over the way from noise to image, from a random start, and each takes
+    the time at which the step it falls in begins.
 
-        times    1.0 ------------- 0.7 -------- 0.4 ---- 0.2 -- 0
-        points       ^                  ^                  ^         n = 3
-        drawn    1.0               0.7          0.4
+        times    1.0 ---------- 0.7 ---------- 0.4 ----- 0.2 ------- 0
+        points      ^                ^                ^                 n = 3
+        drawn    1.0            0.7            0.4
 
     Returns [n, G].
     """
     device = generators[0].device
-    start = torch.cat([torch.rand(1, generator=g, device=device) for g in generators])
+    start = [torch.rand(1, generator=generator, device=device) for generator in generators]
     times = torch.tensor(times, device=device)
-    points = times[0] * (1 - (torch.arange(n, device=device)[:, None] + start) / n)
-    return times[torch.searchsorted(-times[1:-1], -points)]
+    points = times[0] * (1 - (torch.arange(n, device=device)[:, None] + torch.cat(start)) / n)
+    return times[torch.searchsorted(-times[1:-1], -points)]  # negative, since it wants rising ones

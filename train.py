@@ -22,7 +22,7 @@ from fdflow import LoRA, Problem, central_difference, fdfo, spsa
 from models.flow import load_flow
 from models.lora_files import layers_named, merge_lora, read_start, save_lora
 from models.table import find_model
-from rewards import Reward, load_clip, load_function
+from rewards import Reward, load_clip, load_function, split_expressions
 from support.arguments import parse_training_args
 from support.draws import draw_groups, drawn_prompts, seeded
 from support.errors import UserError, first_line, run_command
@@ -84,7 +84,7 @@ def main():
     folder = Path(model.path).parent
     tiny = folder if (folder / "tiny-clip").is_dir() else None
     reward = Reward(args.reward, tiny, args.device)
-    watched = [Reward(term, tiny, args.device) for term in args.watch.split(",") if term.strip()]
+    watched = [Reward(term, tiny, args.device) for term in split_expressions(args.watch)]
     clip_embed = load_clip(tiny, args.device).embed_images
 
     # the model, with the text of the prompts that will be needed, as indices of all prompts

@@ -141,8 +141,9 @@ class HeldOut:
         self.shown = 2 * torch.isin(places, shown).nonzero()[:, 0]
 
         # a person is asked in training only
-        terms = reward.terms.values()
-        self.scored = not any(getattr(term, "only_in_training", False) for term in terms)
+        self.scored = not asks_a_person(reward)
+        if any(asks_a_person(reward) for reward in watched):
+            raise UserError("--watch: a person can be asked in training only")
 
     @torch.no_grad()
     def __call__(self):
@@ -209,6 +210,11 @@ class HeldOut:
         """All terms of the rewards, {name: callable}."""
         rewards = [self.reward, *self.watched]
         return {name: term for reward in rewards for name, term in reward.terms.items()}
+
+
+def asks_a_person(reward):
+    """Whether a Reward has a term for which a person must be asked."""
+    return any(getattr(term, "only_in_training", False) for term in reward.terms.values())
 
 
 def signs_of_hacking(record, base):

@@ -375,6 +375,7 @@ BAD = {
     "--reward nonsense": "known: aesthetic, clip",
     "--reward human --estimator spsa": "use --estimator fdfo",
     "--watch nonsense": "known: aesthetic, clip",
+    "--watch human": "a person can be asked in training only",
     "--reward brightness**2": "column 1",
     "--reward nan.py:f": "nan.py:f is undefined for all of the held-out prompts",
     "--reward short.py:f": "must return [4] numbers, not [1]",
