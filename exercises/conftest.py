@@ -1,8 +1,10 @@
-"""Whose functions are checked: those in the exercise, or those of a file of the same name in another folder.
+"""Choose whose functions are checked: those in the exercise, or those in a folder of answers.
 
 pytest exercises/03_common_noise.py                                  # what you filled in
 pytest exercises/03_common_noise.py --answers exercises/solutions    # the solution
 pytest exercises/[01]*.py --answers handed_in/anna                   # all that a student handed in
+
+A folder of answers has files of the same names as the exercises.
 """
 
 import importlib.util
@@ -16,7 +18,7 @@ SOLUTIONS = EXERCISES / "solutions"
 
 
 def load(path):
-    """The module in a file, whose name need not be one that `import` takes."""
+    """Load the module in a file, even if `import` cannot take its name."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -24,7 +26,7 @@ def load(path):
 
 
 def functions_in(module):
-    """{name: function} of the functions that a module itself defines."""
+    """Return {name: function} of the functions that a module itself defines."""
     found = inspect.getmembers(module, inspect.isfunction)
     return {name: function for name, function in found if function.__module__ == module.__name__}
 
@@ -36,18 +38,19 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.option.tbstyle == "auto":  # the message is what helps, not the code of the check
+    if config.option.tbstyle == "auto":  # the message helps, the code of the check does not
         config.option.tbstyle = "short"
 
 
 @pytest.fixture(autouse=True)
 def answers(request, monkeypatch):
-    """With --answers, put in the functions that the solution has, and no others: the check stays."""
+    """With --answers, replace only the functions that the solution has, so the checks stay."""
     folder, name = request.config.getoption("--answers"), request.path.name
     if folder is None or not (SOLUTIONS / name).exists():
         return
     if not (folder / name).exists():
         pytest.fail(f"there is no {folder / name}", pytrace=False)
+
     found = functions_in(load(folder / name))
     for function in functions_in(load(SOLUTIONS / name)):
         if function not in found:

@@ -1,19 +1,23 @@
-"""What the checks share: a comparison that says in which way an answer is wrong."""
+"""A comparison that all checks share. It says in which way an answer is wrong."""
 
 import torch
 
 
 def assert_close(found, expected, what, hint="", tolerance=1e-6):
-    """Pass if |found - expected| <= tolerance |expected|; else say how they differ, then the hint."""
+    """Pass if |found - expected| <= tolerance |expected|; else say how they differ, with a hint."""
     assert found is not None, f"{what}: your function returned None"
-    found, expected = (torch.as_tensor(value, dtype=torch.float64) for value in (found, expected))
-    assert found.shape == expected.shape, (
-        f"{what}: shape {list(found.shape)}, not {list(expected.shape)}"
-    )
+    found = torch.as_tensor(found, dtype=torch.float64)
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+
+    shapes = list(found.shape), list(expected.shape)
+    assert shapes[0] == shapes[1], f"{what}: shape {shapes[0]}, not {shapes[1]}"
     assert found.isfinite().all(), f"{what} is not finite: something was divided by zero"
+
     size = expected.norm().item()
     if (found - expected).norm() <= tolerance * size:
         return
+
+    # the factor that brings expected as near to found as possible
     scale = ((found * expected).sum() / size**2).item() if size > 0 else 0.0
     if size == 0:
         how = f"should be zero, but its length is {found.norm():.4g}"

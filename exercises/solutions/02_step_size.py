@@ -1,7 +1,8 @@
 """Solution of exercise 2.
 
-J(h) = J + h J' + h^2 J'' / 2 + ...: the one-sided difference leaves h J'' / 2; in the central one the even
-terms cancel, and h^2 J''' / 6 is left. The best h is where h, or h^2, is about the rounding error, unit / h.
+J(h) = J + h J' + h^2 J'' / 2 + ...: the one-sided difference leaves h J'' / 2. In the central one
+the even terms cancel, and h^2 J''' / 6 is left. The best h is where h, or h^2, is about the
+rounding error, unit / h.
 """
 
 

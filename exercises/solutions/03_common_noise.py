@@ -1,7 +1,8 @@
 """Solution of exercise 3.
 
-With the same noise the slope tends to a derivative as h shrinks, and its variance does not depend on h. With
-different noises the numerator has the variance 2 Var(R) however small h is, and (2h)^2 divides it.
+With the same noise the slope converges to a derivative as h shrinks, and its variance does not
+depend on h. With different noises the numerator has the variance 2 Var(R), however small h is, and
+that is divided by (2h)^2.
 """
 
 

@@ -1,7 +1,7 @@
 """Solution of exercise 4.
 
-Element i of (m . d) d is m_i plus P - 1 terms m_j d_j d_i, uncorrelated, of mean 0 and variance m_j^2. Summed
-over i that is (P - 1) |m|^2, and the mean over K directions has a K-th of it.
+Element i of (w . d) d is w_i plus P - 1 terms w_j d_j d_i. These are uncorrelated, with mean 0 and
+variance w_j^2. Summed over i that is (P - 1) |w|^2, and the mean over M directions has 1 / M of it.
 """
 
 import torch
@@ -15,5 +15,5 @@ def spsa(J, theta, h, signs):
     return g
 
 
-def relative_squared_error(P, K):
-    return (P - 1) / K
+def relative_squared_error(P, M):
+    return (P - 1) / M

@@ -1,8 +1,8 @@
 """Solution of exercise 6.
 
-The gradient w has the projection (w . d) d on a direction d of length 1, and its mean over all directions is
-w / D: the other D - 1 are not seen. The sum of squares is D times their mean, so with the mean g is w on
-average.
+The gradient w has the projection (w . d) d onto a direction d of length 1, and the mean of this
+over all directions is w / D, because each d sees one dimension of D. The sum of squares is D times
+their mean, so with the mean g is w on average.
 """
 
 

@@ -1,7 +1,8 @@
 """Solution of exercise 7.
 
-Several groups of more than two branches, and the formula in loops. Training notices only what turns g around
-or makes it random: four of the six mutants still raise the reward.
+The test takes several groups of more than two branches, and writes the formula as loops. Training
+shows only the mistakes that turn g around or make it random: four of the six mutants still raise
+the reward.
 """
 
 import torch
@@ -9,13 +10,15 @@ import torch
 
 def notices(image_gradient):
     generator = torch.Generator().manual_seed(0)
-    R, x = (torch.randn(shape, generator=generator).double() for shape in ((3, 4), (3, 4, 5)))
+    G, K, D = 3, 4, 5
+    R = torch.randn(G, K, generator=generator).double()
+    x = torch.randn(G, K, D, generator=generator).double()
+
     for R_k, x_k, g in zip(R, x, image_gradient(R, x)):
         dR, dx = R_k - R_k.mean(), x_k - x_k.mean(0)
-        expected = (
-            sum(dR[k] * dx[k] for k in range(4)) / 4 / (sum(dx[k] @ dx[k] for k in range(4)) / 20)
-        )
-        if not torch.allclose(g, expected):
+        mean_product = sum(dR[k] * dx[k] for k in range(K)) / K
+        mean_square = sum(dx[k] @ dx[k] for k in range(K)) / (K * D)
+        if not torch.allclose(g, mean_product / mean_square):
             return True
     return False
 

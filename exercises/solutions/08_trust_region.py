@@ -1,7 +1,8 @@
 """Solution of exercise 8.
 
-At v_ref, d rho / dv = -2 d / D, so the surrogate's gradient is 2 dR d / D = 2 g / D, that of the pull. Its
-derivative by rho, -dR + |dR| (rho - 1) / clip, is zero at rho = 1 + clip if dR > 0, at 1 - clip if dR < 0.
+At v_ref, d rho / dv = -2 d / D, so the surrogate's gradient is 2 dR d / D = 2 g / D, that of the
+pull. Its derivative with respect to rho, -dR + |dR| (rho - 1) / clip, is zero at rho = 1 + clip if
+dR > 0, and at 1 - clip if dR < 0.
 """
 
 

@@ -1,7 +1,7 @@
 """Solution of exercise 9.
 
-A uniform point between 0 and t_0 falls into step i with the chance w_i. Uniform steps with the weights S w_i
-have the same mean, but vary even if all f_i are the same.
+A uniform point between 0 and t_0 falls into step i with the chance w_i. Uniform steps with the
+weights S w_i have the same mean, but they vary even if all f_i are the same.
 """
 
 
