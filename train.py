@@ -7,26 +7,23 @@ python train.py --estimator spsa --help                          # the flags of 
 torchrun --standalone --nproc-per-node 8 train.py --model sd3.5  # many GPUs
 """
 
-import atexit
 import math
-import os
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch.nn.utils import parameters_to_vector
 
-from fdflow import LoRA, Problem, central_difference, fdfo, spsa
+from fdflow import Problem, central_difference, fdfo, spsa
 from models.flow import load_flow
-from models.lora_files import layers_named, merge_lora, read_start, save_lora
+from models.lora_files import layers_named, make_lora, save_lora
 from models.table import find_model
 from rewards import Reward, load_clip, load_function, split_expressions
 from support.arguments import parse_training_args
 from support.draws import draw_groups, drawn_prompts, seeded
 from support.errors import UserError, first_line, run_command
 from support.evaluation import Counted, HeldOut, Scorer, held_out_share
+from support.processes import start_processes
 from support.prompts import split_prompts
 from support.run import Run
 
@@ -50,17 +47,6 @@ def find_estimator(name):
         known = ", ".join([*ESTIMATORS, "file.py:function"])
         raise UserError(f"there is no estimator {name!r}; known: {known}")
     return ESTIMATORS[name]
-
-
-def start_processes(args):
-    """Join the other processes, if torchrun started this one, and take the GPU of its number."""
-    if not dist.is_torchelastic_launched():
-        return
-    if args.device.startswith("cuda"):
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
-    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    atexit.register(dist.destroy_process_group)
 
 
 def optimizer_step(optimizer, parameters):
@@ -95,67 +81,33 @@ def main():
 
     # what is trained, and how
     layers = layers_named(flow.network, args.layers)
-    alpha = model.scale * args.rank
-    start = None
-    if args.init_lora:
-        start = read_start(args.init_lora, flow.network_name, layers, args.rank)
-        if start is None:  # it has other layers, or another rank
-            merge_lora(flow, args.init_lora)
-            print(f"{args.init_lora} is merged into the frozen weights: draw with both LoRAs")
-    lora = LoRA(flow.network, layers, args.rank, alpha, seeded(args.seed, "lora"))
-    if start:
-        for layer, (A, B) in zip(lora.layers.values(), start):
-            layer.A.data.copy_(A)
-            layer.B.data.copy_(B / layer.scale)
-        lora.start = parameters_to_vector(lora.parameters).detach().clone()
+    alpha, generator = model.scale * args.rank, seeded(args.seed, "lora")
+    lora = make_lora(flow, layers, args.rank, alpha, generator, args.init_lora)
     flow.scale_gradients(lora)
     if args.estimator == "central":
         # Adam would move all of a block's coordinates alike, however steep
         optimizer = torch.optim.SGD(lora.parameters, args.lr)
     else:
         fused = args.device.startswith("cuda") or None
-        optimizer = torch.optim.AdamW(
-            lora.parameters, args.lr, weight_decay=WEIGHT_DECAY, fused=fused
-        )
-    if run.first:
-        numbers = sum(p.numel() for p in lora.parameters)
-        options = ", ".join(f"{name} {value}" for name, value in estimate.keywords.items())
-        print(f"{args.estimator}: {options}; lr {args.lr}, {args.pairs} pairs an iteration")
-        print(f"LoRA: rank {args.rank} on {len(layers)} layers, {numbers:,} parameters")
-
+        options = {"weight_decay": WEIGHT_DECAY, "fused": fused}
+        optimizer = torch.optim.AdamW(lora.parameters, args.lr, **options)
     step = partial(optimizer_step, optimizer, lora.parameters)
     velocity, scorer = Counted(flow.velocity), Scorer(flow, reward)
     problem = Problem(velocity, scorer, lora, flow.train_times, args.batch, step)
+    run.print_settings(estimate.keywords, lora)
 
     # where the base model stands, on prompts that are not trained
     seed = seeded(args.seed, "held-out").initial_seed()
     held_out = HeldOut(flow, chosen, mine, reward, watched, clip_embed, args.batch, seed)
-    terms = held_out.terms()
-    for term in terms.values():
-        if hasattr(term, "open"):  # judges and people keep their answers in the run's folder
-            term.open(run)
+    held_out.open_terms(run)
     pictures, base = held_out()
     if held_out.scored and base["held_out"] is None:  # ocr, for one, needs words in quotes
         raise UserError(f"reward {args.reward} is undefined for all of the held-out prompts")
 
-    # go on from the last checkpoint, if there is one
-    def restore(state):
-        for p, saved in zip(lora.parameters, state["lora"], strict=True):
-            if saved.shape != p.shape:  # which copy_ would spread out
-                raise ValueError("its LoRA has another shape")
-            p.data.copy_(saved)
-        optimizer.load_state_dict(state["optimizer"])
-        problem.memory.update(state["memory"])
-
-    def counted():
-        """What judges have counted so far."""
-        counts = {}
-        for term in terms.values():
-            counts |= term.record() if hasattr(term, "record") else {}
-        return counts
-
-    base = {"iteration": 0, "images": 0, "evaluations": 0, **base, **counted()}
-    run.start(base, pictures, held_out.prompts, restore)
+    # go on from the last checkpoint, if there is one and that was asked for
+    record = {"iteration": 0, "images": 0, "evaluations": 0} | base | held_out.counts()
+    state = lora.parameters, optimizer, problem.memory
+    run.start(record, pictures, held_out.prompts, *state)
 
     for iteration in run.iterations():
         started, last = time.time(), run.records[-1]
@@ -187,13 +139,12 @@ def main():
         if args.device.startswith("cuda"):
             record["memory_mb"] = round(torch.cuda.max_memory_allocated(args.device) / 1e6)
         record["evaluations"] = last["evaluations"] + velocity.pop_count()
-        run.log(record | measured | counted(), pictures)
+        run.log(record | measured | held_out.counts(), pictures)
 
         # save; the LoRA first, so that no checkpoint is ahead of it
         if (measure or stop) and run.first:
             save_lora(lora, run.folder / "lora.safetensors", flow.network_name)
-        weights = [p.detach().cpu() for p in lora.parameters]
-        run.save(lora=weights, optimizer=optimizer.state_dict(), memory=problem.memory)
+        run.save()
         if stop and iteration < args.iterations:
             run.stop()
 

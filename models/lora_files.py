@@ -9,9 +9,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
+from torch.nn.utils import parameters_to_vector
 
+from fdflow import LoRA
 from support.errors import UserError, first_line
-from support.run import write_whole
+from support.run import warn, write_whole
 
 LAYERS = {  # what the name of a layer ends with, whatever the network
     "attention": r"(attn\d?|attention)\..+",
@@ -71,25 +73,39 @@ def find_file(path):
     return path
 
 
-def read_start(path, network_name, layers, rank):
-    """The matrices (A, B) of each layer in a LoRA file, B scaled by alpha / rank.
+def make_lora(flow, layers, rank, alpha, generator, path=None):
+    """Put a LoRA around layers of a flow's network; training goes on from the one at a path.
 
-    None if it has other layers or another rank.
+    If that has other layers or another rank, it becomes part of the frozen weights.
     """
-    path = find_file(path)
-    if not path.exists():
-        raise UserError(f"no LoRA at {path}")
+    start = read_own(find_file(path), flow.network_name, layers, rank) if path else None
+    if path and start is None:
+        merge_lora(flow, path)
+        warn(f"{path} becomes part of the frozen weights: draw with both LoRAs")
+    lora = LoRA(flow.network, layers, rank, alpha, generator)
+
+    if start:
+        for p, tensor in zip(lora.parameters, start):
+            p.data.copy_(tensor)
+        for layer in lora.layers.values():
+            layer.B.data /= layer.scale  # which is in the B of a file
+        lora.start = parameters_to_vector(lora.parameters).detach().clone()
+    return lora
+
+
+def read_own(path, network_name, layers, rank):
+    """The matrices A and B of each layer in turn, or None if a file has others."""
     try:
         tensors, _ = read_tensors(path)
+    except FileNotFoundError as error:
+        raise UserError(f"no LoRA at {path}") from error
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {first_line(error)}") from error
 
-    start = []
-    for layer in layers:
-        name = f"{network_name}.{layer}.lora"
-        start.append((tensors.pop(f"{name}_A.weight", None), tensors.pop(f"{name}_B.weight", None)))
-    same = all(A is not None and B is not None and len(A) == rank for A, B in start)
-    return start if same and not tensors else None
+    names = [f"{network_name}.{layer}.lora_{matrix}.weight" for layer in layers for matrix in "AB"]
+    if {*names} != {*tensors} or {len(tensors[name]) for name in names[0::2]} != {rank}:
+        return None
+    return [tensors[name] for name in names]
 
 
 def merge_lora(flow, path):

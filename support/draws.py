@@ -4,7 +4,7 @@ import hashlib
 
 import torch
 
-from support.evaluation import processes
+from support.processes import processes
 
 
 def seeded(seed, use, device="cpu"):

@@ -3,32 +3,12 @@
 import math
 
 import torch
-import torch.distributed as dist
 
 from support.errors import UserError
+from support.processes import gather_rows, processes, sum_over_processes
 
 CLEAR = 3  # standard errors beyond which a change is no chance
 MATTERS = 0.1  # standard deviations between prompts from which on a change matters
-
-
-def processes():
-    """(number of this process among those of torchrun, how many there are), or (0, 1)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gather_rows(parts):
-    """Join [{name: [n, ...]}, ...] of all processes in their order: {name: [N, ...]} on the CPU."""
-    parts = [{name: values.cpu() for name, values in part.items()} for part in parts]
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, parts)
-        parts = [part for one in everyone for part in one]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def sum_over_processes(number):
-    """The sum of a whole number over all processes."""
-    return int(gather_rows([{"number": torch.tensor([number])}])["number"].sum())
 
 
 def mean_and_error(values, prompts):
@@ -210,6 +190,20 @@ class HeldOut:
         """All terms of the rewards, {name: callable}."""
         rewards = [self.reward, *self.watched]
         return {name: term for reward in rewards for name, term in reward.terms.items()}
+
+    def open_terms(self, run):
+        """Show the run to terms that keep something in its folder, as judges and people do."""
+        for term in self.terms().values():
+            if hasattr(term, "open"):
+                term.open(run)
+
+    def counts(self):
+        """What terms have counted so far, as the requests to judges."""
+        counts = {}
+        for term in self.terms().values():
+            if hasattr(term, "record"):
+                counts |= term.record()
+        return counts
 
 
 def asks_a_person(reward):

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from support.errors import UserError, first_line
-from support.evaluation import plus_minus, processes, signs_of_hacking, sum_over_processes
+from support.evaluation import plus_minus, signs_of_hacking
 from support.pictures import animate, grid, read_grids, report, save_picture
+from support.processes import processes, sum_over_processes
 
 # what may differ between a run and the command that resumes it
 MAY_CHANGE = "iterations out name resume device batch compile checkpointing max_requests".split()
@@ -142,14 +143,24 @@ class Run:
             (self.folder / "samples").rmdir()
             self.folder.rmdir()
 
-    def start(self, record, pictures, captions, restore):
+    def print_settings(self, options, lora):
+        """Print with which values the estimator runs, and what is trained."""
+        if self.first:
+            text = ", ".join(f"{name} {value}" for name, value in options.items())
+            args, numbers = self.args, sum(p.numel() for p in lora.parameters)
+            print(f"{args.estimator}: {text}; lr {args.lr}, {args.pairs} groups an iteration")
+            print(f"LoRA: rank {args.rank} on {len(lora.layers)} layers, {numbers:,} parameters")
+
+    def start(self, record, pictures, captions, parameters, optimizer, memory):
         """Begin with the record and samples of the base model, or where the run was left off.
 
-        restore: a function that takes the state of a checkpoint
+        parameters, optimizer, memory: what a checkpoint holds, and restores
         """
         self.records, self.captions = [record], captions
+        self.parameters, self.optimizer, self.memory = parameters, optimizer, memory
         if self.args.resume:
-            self.load_checkpoint(restore)
+            self.load_checkpoint()
+
         if self.first:
             self.write_config()  # all arguments are known by now
             lines = "".join(json.dumps(record) + "\n" for record in self.records)
@@ -157,7 +168,7 @@ class Run:
             if len(self.records) == 1:
                 save_picture(grid(pictures, captions, 8), self.folder / "samples" / "000000.png")
 
-    def load_checkpoint(self, restore):
+    def load_checkpoint(self):
         """Restore the newest checkpoint that is whole; with none at all the run begins anew.
 
         A damaged one is passed over for the one before, and that is said. UserError if all are
@@ -167,17 +178,27 @@ class Run:
         paths = [path for path in paths if path.exists()]
         for path in paths:
             try:
-                first, data = path.read_bytes().split(b"\n", 1)
-                if checksum(data).encode() != first:
-                    raise ValueError("its checksum is wrong")
-                state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-                restore(state)
-                self.records = list(state["records"])
+                self.restore(path.read_bytes())
                 return
             except Exception as error:  # whatever damage does
                 tqdm.write(f"{path} is damaged ({first_line(error)}): trying the one before it")
         if paths:
             raise UserError(f"{self.folder} cannot be resumed, its files are damaged: start anew")
+
+    def restore(self, data):
+        """Take over a checkpoint. ValueError, or what torch raises, if it is damaged."""
+        first, data = data.split(b"\n", 1)
+        if checksum(data).encode() != first:
+            raise ValueError("its checksum is wrong")
+        state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+
+        for p, saved in zip(self.parameters, state["lora"], strict=True):
+            if saved.shape != p.shape:  # which copy_ would spread out
+                raise ValueError("its LoRA has another shape")
+            p.data.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.memory.update(state["memory"])
+        self.records = state["records"]
 
     def iterations(self):
         """Count the iterations that are left, with a bar; Ctrl-C asks to stop after this one."""
@@ -206,12 +227,14 @@ class Run:
             save_picture(grid(pictures, self.captions, 8), path)
         self.print_progress(record)
 
-    def save(self, **state):
-        """Write a checkpoint of tensors and numbers, after log(); the one before stays."""
+    def save(self):
+        """Write a checkpoint, after log(); the one before stays."""
         if not self.first:
             return
+        state = {"lora": [p.detach().cpu() for p in self.parameters], "memory": self.memory}
+        state |= {"optimizer": self.optimizer.state_dict(), "records": self.records}
         file, path = io.BytesIO(), self.folder / "state.pt"
-        torch.save({**state, "records": self.records}, file)
+        torch.save(state, file)
         if path.exists():
             path.replace(self.folder / "state.previous.pt")
         write_whole(path, checksum(file.getvalue()).encode() + b"\n" + file.getvalue())

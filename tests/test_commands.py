@@ -69,7 +69,7 @@ def test_a_run_says_what_it_is_made_with_and_what_it_gained(whole):
     settings, lora, gained = out.splitlines()
     # the values of the tiny model, not those of the function's signature
     assert settings.startswith(
-        "fdfo: branches 2, churn 0.05, train_steps 2, kl 0.7; lr 0.002, 8 pa"
+        "fdfo: branches 2, churn 0.05, train_steps 2, kl 0.7; lr 0.002, 8 gr"
     )
     assert "rank 32 on 12 layers" in lora
     assert gained.startswith("held-out colorfulness") and "sample.py --lora" in gained

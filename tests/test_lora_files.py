@@ -120,7 +120,7 @@ def test_a_lora_is_trained_further_and_pulled_to_where_it_began(tmp_path, monkey
     save_lora(lora, tmp_path / "lora.safetensors", "transformer")
 
     folder_of_run = train_from(tmp_path, monkeypatch, tmp_path, "--rank", 4, "--kl", 1)
-    assert "merged" not in capsys.readouterr().out
+    assert "frozen" not in capsys.readouterr().err
     before, after = (
         load_file(tmp_path / "lora.safetensors"),
         load_file(folder_of_run / "lora.safetensors"),
@@ -158,7 +158,7 @@ def test_a_lora_of_other_layers_is_merged_into_the_weights(tmp_path, monkeypatch
     assert (merged.images(COND, SEEDS) - changed).abs().max() < SAME
     assert (changed - base).abs().mean() > 0.002
     train_from(tmp_path, monkeypatch, tmp_path)
-    assert "is merged into the frozen weights" in capsys.readouterr().out
+    assert "becomes part of the frozen weights" in capsys.readouterr().err
 
 
 # ---- those of other programs

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from support.errors import UserError, first_line
-from support.evaluation import processes
 from support.pictures import png, save_picture, to_pil
+from support.processes import processes
 from zoo.jsonl import append_line, read_lines
 
 PAGE = Path(__file__).with_name("human.html")

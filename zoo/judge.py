@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from support.errors import UserError
-from support.evaluation import processes, sum_over_processes
 from support.pictures import png
+from support.processes import processes, sum_over_processes
 from support.run import warn
 from zoo.http import Http
 from zoo.jsonl import append_line, read_lines
