@@ -1,5 +1,6 @@
 """The models that have names, what suits them by default, and how to load a pipeline."""
 
+import functools
 import inspect
 import logging
 import warnings
@@ -10,6 +11,7 @@ import diffusers
 import torch
 import transformers
 from diffusers.configuration_utils import FrozenDict
+from diffusers.loaders import single_file_utils
 
 from support.errors import UserError, first_line, why_unreachable
 from support.prompts import TINY
@@ -89,7 +91,7 @@ def find_model(name):
     named = MODELS | {model.path: model for model in MODELS.values()}
     if name in named:
         return named[name]
-    if not Path(name).is_dir() and name.count("/") != 1:
+    if not Path(name).exists() and name.count("/") != 1:
         raise UserError(f"model {name!r} is no folder, no hub id and none of {', '.join(MODELS)}")
 
     parameters = call_parameters(name)
@@ -98,8 +100,18 @@ def find_model(name):
     return Model(name, steps, guidance=guidance.default if guidance else None)
 
 
+@functools.cache
+def config_path(path):
+    """Where the configuration of a pipeline lies: for a single file of weights, its base model."""
+    if not Path(path).is_file():
+        return path
+    checkpoint = loaded(path, lambda: single_file_utils.load_single_file_checkpoint(path))
+    return single_file_utils.fetch_diffusers_config(checkpoint)["pretrained_model_name_or_path"]
+
+
 def read_index(path):
     """The index of a pipeline, from a folder or the hub; UserError if there is none."""
+    path = config_path(path)
     return loaded(path, lambda: dict(diffusers.DiffusionPipeline.load_config(path)))
 
 
@@ -167,15 +179,18 @@ def load_pipeline(model, args, without):
     if Path(path).is_dir():
         files = [file.name for file in Path(path).glob("*/*.safetensors")]
         variant = "fp16" if files and all(".fp16" in name for name in files) else None
-    options = {"dtype": getattr(torch, args.dtype), "variant": variant, **absent}
-    return loaded(path, lambda: kind.from_pretrained(path, **options))
+    options = {"dtype": getattr(torch, args.dtype), **absent}
+    if Path(path).is_file():
+        config = config_path(path)
+        return loaded(path, lambda: kind.from_single_file(path, config=config, **options))
+    return loaded(path, lambda: kind.from_pretrained(path, variant=variant, **options))
 
 
 def network_config(path):
     """The name of the network in a pipeline, and its configuration."""
     index = read_index(path)
     name = "transformer" if "transformer" in index else "unet"
-    kind = getattr(diffusers, index[name][1])
+    kind, path = getattr(diffusers, index[name][1]), config_path(path)
     return name, FrozenDict(loaded(path, lambda: kind.load_config(path, subfolder=name)))
 
 
@@ -184,6 +199,6 @@ def loaded(path, load):
     try:
         return load()
     except Exception as error:  # whatever damage does
-        if Path(path).is_dir() or not isinstance(error, OSError):
+        if Path(path).exists() or not isinstance(error, OSError):
             raise UserError(f"{path} is damaged or incomplete: {first_line(error)}") from error
         raise UserError(why_unreachable(path, error) + "; --model tiny needs neither") from error

@@ -14,6 +14,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+from diffusers.loaders import single_file_utils
 from huggingface_hub.errors import GatedRepoError
 
 import fdflow
@@ -39,6 +40,7 @@ from tests.models import (
     their_images,
 )
 from tests.pipelines import PIPELINES
+from tests.single_file import save_single_file
 
 SEEDS = [5, 6, 7]
 # the same float32 operations in other batches: a hundredth of a level of 255
@@ -543,6 +545,24 @@ def test_a_folder_of_half_size_files_loads(tmp_path):
     assert 0 < (half - full).abs().mean() < 0.005  # the weights are rounded to 11 bits
     shutil.copytree(folder("sdxl"), tmp_path / "half", dirs_exist_ok=True)
     assert torch.equal(make_flow(tmp_path / "half", steps=2).images(torch.tensor([0]), [0]), full)
+
+
+def test_a_single_file_draws_what_its_pipeline_draws(tmp_path, monkeypatch):
+    pipe = load_theirs(folder("sd1.5"))
+    path = tmp_path / "model.safetensors"
+    save_single_file(pipe, path)
+    config = {"pretrained_model_name_or_path": str(folder("sd1.5"))}
+    with monkeypatch.context() as patch:  # which of the hub's models it is
+        patch.setattr(single_file_utils, "fetch_diffusers_config", lambda checkpoint: config)
+        flow = make_flow(path, steps=2, guidance=2)
+        images = flow.images(torch.arange(2), SEEDS[:2])
+        assert (images - their_images(pipe, flow, PROMPTS[:2], SEEDS, steps=2)).abs().max() < SAME
+
+    # without the network there is no configuration
+    copy = shutil.copy(path, tmp_path / "other.safetensors")
+    assert "cannot reach model stable-diffusion-v1-5/" in complaint(copy)
+    (tmp_path / "broken.safetensors").write_bytes(b"1234")
+    assert "is damaged or incomplete" in complaint(tmp_path / "broken.safetensors")
 
 
 def test_gated_models_say_what_to_do(monkeypatch):
