@@ -1,1 +1,1 @@
-"""What can be found out with fdflow: python -m studies.toy, .compare, .bench; baselines for --estimator."""
+"""What can be found out with fdflow: run a study with `python -m studies.NAME`."""

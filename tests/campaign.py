@@ -1,695 +1,528 @@
-"""A campaign of hostile trials. Whatever a user, the machine, a file or a service does, a command ends with
-0, or with 2 and one line that says why, or with 130; nothing is lost, and no number is silently another.
+"""Try at random what people, machines and services do to a command; stop at the first fault.
 
-python -m tests.campaign --minutes 20 --seed 1      # counts by kind and outcome, and every failure
-python -m tests.campaign --trials 5                 # so many trials of each kind
-python -m tests.campaign --seed 1 --only kill:17    # one trial again, and what was said last
-python -m tests.campaign --only each                # every hostile value and every code of a user, once
+python -m tests.campaign --minutes 20 --seed 1
+python -m tests.campaign --seed 1 --only killed:17    # that trial again
 
-`line` draws command lines, good and bad; `kill` ends runs by SIGKILL and resumes them; `machine` fills the
-disk, or takes the folder away; `file` damages files of a run; `service` is a reward that answers nonsense;
-`page` sends nonsense to that of --reward human. Seed and number draw a trial, but for the moments of some
-kills. Commands run in forks of this process, which has everything imported. Linux only.
+Whatever happens, a command ends with exit code 0, or 2 and one line that says why, or 130 after
+Ctrl-C; and the same command with --resume then comes to the numbers of an undisturbed run.
+
+Seed and number draw a trial; only the moments of Ctrl-C differ a little from time to time. Commands
+run in forks of this process, which has everything imported, so that each takes about a second.
+Linux only; set HF_HUB_OFFLINE=1.
 """
 
-import base64
-import errno
-import fcntl
+import atexit
 import functools
-import gc
-import importlib
-import io
+import itertools
 import json
-import mmap
+import multiprocessing
 import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-import traceback
-from collections import Counter, defaultdict
-from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
 
+import requests
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import sample
 import train
-import zoo.http
-from support.commands import Parser, number
+import zoo.human
+import zoo.judge
+from support.arguments import Parser
 from support.errors import run_command
+from support.prompts import TINY
 from support.run import read_metrics
-from tests import hostile
-from zoo.human import Human
+from tests.commands import ROOT, metrics
 
-ROOT = Path(__file__).resolve().parent.parent
-MAINS = {"train": train.main, "sample": sample.main}
-for study in ("compare", "bench", "noise", "toy", "profiles", "taste"):
-    if (ROOT / "studies" / f"{study}.py").exists():
-        MAINS[study] = importlib.import_module(f"studies.{study}").main
-RUN = "--reward brightness --watch brightness --prompts two.txt --steps 2 --eval-every 2 --lr 0.002 --batch 8"
-RUN = [*RUN.split(), *"--rank 2 --size 32 --pairs 2 --name x --iterations".split()]
-SMALL = {  # little work, unless what follows asks for more
-    "train": "--reward brightness --watch clip --prompts two.txt --steps 1 --iterations 1 --pairs 2",
-    "sample": "--prompt sun --n 1 --steps 1",
-    "bench": "--smoke --estimate --size 128 --steps 1",
+MAINS = {"train.py": train.main, "sample.py": sample.main}
+FORK = multiprocessing.get_context("fork")
+PATIENCE = 120  # seconds after which a command hangs
+OPERATIONS = 90  # on files, in a run of four iterations, about
+KEY = "sk-a-key-that-nobody-may-see"
+with ThreadingHTTPServer(("127.0.0.1", 0), None) as server:
+    PORT = server.server_port  # that nobody else has
+
+SMALL = "--prompts two.txt --model tiny --device cpu --steps 2 --size 32 --batch 8"
+SAMPLE = f"sample.py {SMALL} --n 1 --lora lora.safetensors --out a.png"
+TRAIN = f"train.py {SMALL} --reward brightness --watch brightness --estimator fdfo --layers last"
+TRAIN += " --rank 2 --pairs 2 --lr 0.002 --eval-every 2 --name x --iterations 4"
+BASELINES = f"--estimator {ROOT}/studies/baselines.py"
+RUNS = {
+    "fdfo": "--branches 3",
+    "further": "--init-lora lora.safetensors",
+    "spsa": "--estimator spsa --pairs 4 --directions 2",
+    "central": "--estimator central --coordinates 2",
+    "fdfo_published": f"{BASELINES}:fdfo_published --pairs 4 --updates 2",
+    "flow_grpo": f"{BASELINES}:flow_grpo --branches 2 --updates 2",
+    "awm": f"{BASELINES}:awm --branches 2 --average-kl 1",
+    "service": f"--reward http://127.0.0.1:{PORT}/score",
+    "judge": "--reward judge:m",
+    "human": "--reward human",
 }
-ESTIMATORS = {
-    "fdfo": "--branches 3", "spsa": "--pairs 4 --directions 2", "central": "--coordinates 2",
-    "fdfo_published": "--pairs 4 --updates 2", "flow_grpo": "--branches 2 --updates 2", "reinforce": "",
-    "awm": "--branches 2", "backprop": "", "reward_gradient": "",
-}  # fmt: skip
-RESUME, SAMPLE = "--name x --resume".split(), "--prompt sun --n 1 --lora runs/x --out a.png".split()
-OPERATIONS = mmap.mmap(-1, 8)  # on the files of a run, counted by a fork, for this process to read
-SAID, LINES = [""], set()  # the last that a command said; the distinct command lines
 
 
-def named(estimator):
-    """What --estimator takes for an estimator of ours."""
-    return (
-        estimator if estimator in train.ESTIMATORS else f"{ROOT}/studies/baselines.py:{estimator}"
-    )
+class Fault(Exception):
+    """What a command did that it never should."""
 
 
-def new_folder(rng):
-    """A new folder below HOME with what hostile.furnish draws."""
-    folder = Path(tempfile.mkdtemp(dir=HOME), "inner", "most")
-    folder.mkdir(parents=True)
-    hostile.furnish(folder, rng)
-    return folder
+# ---- a command in a fork
 
 
-def forked(folder, command, args, before=None, interrupt=90, kill=None):
-    """Run a command in a fork. Returns its exit code, or minus a signal, and what it wrote to both pipes.
+class Trial:
+    """One trial: its random numbers, its folder, and the story of what was done in it."""
 
-    before: called in the fork. interrupt: seconds until Ctrl-C, twice; what hangs after those ends with -9.
-    kill: seconds until SIGKILL, instead.
-    """
-    pipes = [os.pipe() for _ in range(2)]
-    for _, end in pipes:
-        fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, 2**20)  # so that all it says fits in
-    if (pid := os.fork()) == 0:
-        for fd, (_, end) in enumerate(pipes, 1):
-            os.dup2(end, fd)
-        os._exit(in_fork(folder, command, args, before))
-    start, steps = time.time(), [(interrupt, signal.SIGINT), (interrupt + 2, signal.SIGINT)]
-    steps = [(kill, signal.SIGKILL)] if kill else [*steps, (interrupt + 30, signal.SIGKILL)]
-    while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
-        if steps and time.time() - start > steps[0][0]:
-            os.kill(pid, steps.pop(0)[1])
-        time.sleep(0.003)
-    said = []
-    for end, other in pipes:
-        os.close(other)
-        os.set_blocking(end, False)
-        with open(end, "rb", buffering=0) as file:
-            said.append((file.read(2**20) or b"").decode(errors="replace"))
-    SAID[0] = "\n".join(said)
-    return os.waitstatus_to_exitcode(ended[1]), *said
+    home = Path()  # of all trials
+
+    def __init__(self, kind, seed, number):
+        self.rng = random.Random(f"{kind} {seed} {number}")
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{kind}-{number}-", dir=Trial.home))
+        self.story = []
+        for name in ("two.txt", "runs/x/lora.safetensors"):
+            shutil.copy(Trial.home / name, self.folder)
+
+    def run(self, command, codes, prepare=lambda: None):
+        """Run a command line, with --resume if it has begun. Returns exit code and output.
+
+        codes: those that are right here; minus a signal that ends the process
+        prepare: is called in the fork before the command
+        """
+        if (self.folder / "runs" / "x").exists():
+            command += " --resume"
+        self.story.append(f"python {command}")
+        pipes = [os.pipe(), os.pipe()]
+        ends = [end for _, end in pipes]
+        process = FORK.Process(target=run_here, args=[self.folder, command, prepare, ends])
+        process.start()
+        for end in ends:
+            os.close(end)
+        process.join(PATIENCE)
+        if process.is_alive():
+            process.kill()
+
+        out, err = (open(end, errors="replace").read() for end, _ in pipes)
+        process.join()
+        self.story[-1] += f"  # exit code {process.exitcode}"
+        check(command, process.exitcode, out, err, codes)
+        return process.exitcode, out + err
 
 
-def in_fork(folder, command, args, before):
-    """The exit code of a command, run as if this process were all its own."""
-    code = 1
+def run_here(folder, command, prepare, ends):
+    """Run a command as if this process were all its own, with its output in pipes."""
+    os.dup2(ends[0], 1)
+    os.dup2(ends[1], 2)
+    os.chdir(folder)
+    torch.set_num_threads(1)  # makes its thread pool anew
+    atexit._clear()
+    name, *args = shlex.split(command)
+    sys.argv = [str(ROOT / name), *args]
+    if random.random() < 0.8:  # the report takes longer than all else
+        mock.patch("support.run.report").start()
+
     try:
-        os.chdir(folder)
-        torch.set_num_threads(
-            1
-        )  # which mends its thread pool, before threads of others meet the forked one
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        most = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE + 2**32
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))  # 4 GB are enough for what is small
-        sys.argv = [f"{ROOT}/{command}.py", *args]
-        zoo.http.Http.__init__.__defaults__ = (1, 3, 0.01, 10**6)  # of little patience
-        if before:
-            before()
-        run_command(MAINS[command])
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    return code
+        prepare()
+        run_command(MAINS[name])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        atexit._run_exitfuncs()
 
 
-def quick(folder, args, before=None, rng=None, kill=None):
-    """Train in a fork; four times in five without a report, which takes longer to draw than all else."""
+def check(command, code, out, err, codes):
+    """Raise a Fault unless a command ended as it should."""
+    lines = []
+    for line in re.split("[\r\n]+", err):
+        if line.strip() and not re.search(r"\d%\||it/s|^warning: ", line):
+            lines.append(line)
 
-    def prepare():
-        if rng is None or rng.random() < 0.8:
-            mock.patch("support.run.report").start()
-        if before:
-            before()
-
-    return forked(folder, "train", args, prepare, kill=kill)
-
-
-def complaint(command, code, out, err, codes=(0, 2)):
-    """What is wrong with how a command ended; "" if nothing is."""
-    lines = [
-        line
-        for line in re.split("[\r\n]+", err)
-        if line.strip() and not re.search(r"\d%\||\?it/s", line)
-    ]
-    lines = [
-        line for line in lines if not line.startswith(("warning: ", "finishing this iteration"))
-    ]
-    if code not in codes:
-        return f"it ended with {code}: {(lines or ['silence'])[-1][:300]}"
-    if "Traceback" in out + err:
-        return f"a traceback: {(out + err)[(out + err).index('Traceback') :][-1500:]}"
-    if code == 2 and (len(lines) != 1 or not lines[0].startswith(f"{command}.py: ")):
-        return f"not one line on stderr: {lines}"
-    return ""
+    right = code in codes and "Traceback" not in out + err and KEY not in out + err
+    if code == 2:
+        right = right and len(lines) == 1 and lines[0].startswith(f"{command.split()[0]}: ")
+    if not right:
+        raise Fault(f"{out}\n{err}\nThis was not to be expected.")
 
 
-def result(run):
-    """What a run has come to: its records less what the machine decides, and its LoRA."""
-    text = re.sub(r"127.0.0.1:\d+", "", (run / "metrics.jsonl").read_text())
-    records = [json.loads(line) for line in text.splitlines()]
-    metrics = json.dumps(
-        [{k: v for k, v in record.items() if k != "seconds"} for record in records]
-    )
-    return metrics, (run / "lora.safetensors").read_bytes()
+# ---- what happens to it
 
 
-def differs(folder, expected):
-    """How the result of a run is another than expected, in words; "" if it is not."""
-    metrics, lora = result(folder / "runs/x")
-    return (
-        "other metrics" if metrics != expected[0] else "another LoRA" if lora != expected[1] else ""
-    )
-
-
-def on_operation(at, act, again=False):
-    """In this process call act() before operation number `at` on files of runs, or also before all later."""
-    count, acting = 0, False
+def at_operation(chosen, act):
+    """Call `act` before one of the operations of this process on the files of a run."""
+    numbers = itertools.count(1)
 
     def hook(event, args):
-        nonlocal count, acting
-        if acting or event not in (
-            "open",
-            "os.rename",
-            "os.mkdir",
-            "os.remove",
-            "os.rmdir",
-            "os.scandir",
-        ):
-            return
-        if isinstance(args[0], str | os.PathLike) and os.fspath(args[0]).startswith("runs"):
-            count += 1
-            OPERATIONS[:8] = count.to_bytes(8, "little")
-            if count == at or again and count > at:
-                acting = True
-                try:
-                    act()
-                finally:
-                    acting = False
+        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"):
+            if str(args[0]).startswith("runs") and next(numbers) == chosen:
+                act()
 
     sys.addaudithook(hook)
 
 
-def break_writes(size, disposition):
-    """From now on no file grows beyond `size` bytes: a write breaks off there, by a signal or an OSError."""
-    signal.signal(signal.SIGXFSZ, disposition)
+def end_files_at(size, how):
+    """Let every write break off at the size that a file may have: by a signal, or an OSError."""
+    signal.signal(signal.SIGXFSZ, how)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-@functools.cache
-def undisturbed(estimator, iterations=4):
-    """A run that nothing happens to: its folder, its result, its operations on files, its seconds."""
-    folder, start = new_folder(random.Random(0)), time.time()
-    args = [*RUN, str(iterations), "--estimator", named(estimator), *ESTIMATORS[estimator].split()]
-    code, _, err = quick(folder, args, lambda: on_operation(10**9, None))
-    assert code == 0, err
-    return (
-        folder,
-        result(folder / "runs/x"),
-        int.from_bytes(OPERATIONS[:8], "little"),
-        time.time() - start,
-    )
+def die(rng, seconds):
+    """Die before an operation on files, or within a write: elsewhere it leaves the same behind."""
+    size = int(10 ** rng.uniform(0, 5.5))
+    kill = functools.partial(os.kill, os.getpid(), signal.SIGKILL)
+    end_within = functools.partial(end_files_at, size, signal.SIG_DFL)
+    at_operation(rng.randint(1, OPERATIONS), rng.choice([kill, end_within]))
 
 
-def ends_as(folder, args, expected, rng):
-    """Go on with a run, or start it if there is none, and what is wrong with its end; "" if nothing is."""
-    ended = quick(folder, RESUME if (folder / "runs/x").exists() else args, rng=rng)
-    return complaint("train", *ended, [0]) or differs(folder, expected)
+def fill_disk(rng, seconds):
+    """Let the disk be full from some moment on."""
+    size = int(10 ** rng.uniform(0, 5.5))
+    at_operation(rng.randint(1, OPERATIONS), lambda: end_files_at(size, signal.SIG_IGN))
 
 
-def kill(rng, folder):
-    """Die at an operation on files, within a write, or at any time, one to three times; then to the end."""
-    estimator = rng.choice(list(ESTIMATORS))
-    _, expected, operations, seconds = undisturbed(estimator)
-    args = [*RUN, "4", "--estimator", named(estimator), *ESTIMATORS[estimator].split()]
-    for _ in range(rng.choice([1, 1, 2, 3])):
-        size = rng.choice([None, int(10 ** rng.uniform(0, 5))])
-
-        def act(size=size):
-            os.kill(os.getpid(), signal.SIGKILL) if size is None else break_writes(
-                size, signal.SIG_DFL
-            )
-
-        before = functools.partial(on_operation, rng.randint(1, operations), act)
-        how = rng.choice([{"before": before}] * 3 + [{"kill": rng.uniform(0.01, seconds)}])
-        ended = quick(folder, RESUME if (folder / "runs/x").exists() else args, rng=rng, **how)
-        if wrong := complaint("train", *ended, (0, -signal.SIGKILL, -signal.SIGXFSZ)):
-            return wrong, estimator
-    return ends_as(folder, args, expected, rng), estimator
+def press_ctrl_c(rng, seconds):
+    """Interrupt this process at any moment, once or again and again."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    again = rng.choice([0, rng.uniform(0.1, 1)])
+    signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.001, seconds), again)
 
 
-def machine(rng, folder):
-    """Errors of the system, a full or read-only disk, the folder removed or renamed; then all is well."""
-    estimator = rng.choice(["fdfo", "spsa", "reinforce"])
-    _, expected, operations, _ = undisturbed(estimator)
-    args = [*RUN, "4", "--estimator", named(estimator), *ESTIMATORS[estimator].split()]
-    what = rng.choice("error errors short full readonly removed renamed replaced".split())
-    code = rng.choice([errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO])
-    size, runs, aside = int(10 ** rng.uniform(0, 5)), folder / "runs", folder / "aside"
-
-    def act():
-        if what in ("error", "errors"):
-            raise OSError(code, os.strerror(code))
-        elif what == "short" or what in ("full", "readonly") and not mounted:
-            break_writes(size, signal.SIG_IGN)
-        elif what == "full":
-            with suppress(OSError), open("runs/filler", "wb", buffering=0) as file:
-                while file.write(bytes(size % 4096 + 1)):
-                    pass
-        elif what == "readonly":
-            mount("remount,ro", runs)
-        elif what == "renamed":
-            runs.rename(aside)
-        else:
-            shutil.rmtree(runs)
-            if what == "replaced":
-                runs.write_text("a file")
-
-    mounted = what in ("full", "readonly") and not runs.mkdir() and mount("size=8m", runs)
-    try:
-        before = functools.partial(on_operation, rng.randint(1, operations), act, what == "errors")
-        ended = quick(folder, args, before, rng)
-        mount("remount,rw", runs) if mounted else None
-        (runs / "filler").unlink() if (runs / "filler").exists() else None
-        runs.unlink() if runs.is_file() else None
-        aside.rename(runs) if aside.exists() and not runs.exists() else None
-        wrong = complaint("train", *ended) or ends_as(folder, args, expected, rng)
-    finally:
-        subprocess.run(["umount", "-l", runs], check=True) if mounted else None
-    return wrong, f"{what}: {ended[0]}"
+# ---- who answers it
 
 
-def mount(options, folder):
-    """Mount a disk in memory, or change how it is mounted; whether that is allowed here."""
-    command = ["mount", "-t", "tmpfs", "-o", options, "none", folder]
-    return subprocess.run(command, capture_output=True).returncode == 0
+class Service(BaseHTTPRequestHandler):
+    """Scores images, as a reward service or a judge; but the faults of its server come first."""
 
-
-@functools.cache
-def picture(folder):
-    """The bytes of what sample.py draws with the run of a folder."""
-    assert forked(folder, "sample", SAMPLE)[0] == 0, SAID
-    return (folder / "a.png").read_bytes()
-
-
-def file(rng, folder):
-    """A damaged file of a run that is resumed, or sampled from."""
-    estimator = rng.choice(["fdfo", "fdfo", "spsa", "reinforce"])
-    half, whole = undisturbed(estimator, 2)[0], undisturbed(estimator)[1]
-    shutil.copytree(half / "runs", folder / "runs")
-    run, names = folder / "runs/x", ["config.json", "lora.safetensors"]
-    if rng.random() < 0.25:
-        name = rng.choice(names)
-        how = hostile.damage(rng, run / name)
-        ended = forked(folder, "sample", SAMPLE)
-        wrong = complaint("sample", *ended)
-        if not wrong and ended[0] == 0 and (folder / "a.png").read_bytes() != picture(half):
-            wrong = "silently another picture"
-        return wrong, f"sample, {name}: {ended[0]}", how
-    names += ["metrics.jsonl", "state.pt", "state.pt", "state.previous.pt", "samples/000002.png"]
-    drawn = dict.fromkeys(rng.sample(names, rng.choice([1, 1, 1, 2])))
-    hows = {name: hostile.damage(rng, run / name) for name in drawn}
-    code, out, err = quick(folder, [*RESUME, "--iterations", "4"], rng=rng)
-    wrong = complaint("train", code, out, re.sub(".* is damaged .*", "", err))
-    if not wrong and code == 0:
-        wrong = differs(folder, whole)
-        if hows.get("state.pt", "gone") != "gone" and "state.pt is damaged" not in out + err:
-            wrong = wrong or "nothing was said of the damage"
-    return wrong, f"resume, {' '.join(sorted(hows))}: {code}", f"{hows}"
-
-
-def serve(listener, answers):
-    """Answer one request after another; when no answers are left, with the brightness of each image."""
-    while True:
-        connection, name = listener.accept()[0], answers.pop(0) if answers else "fine"
-        connection.settimeout(5)
-        with (
-            suppress(OSError, ValueError, TypeError),
-            connection,
-            connection.makefile("rb") as request,
-        ):
-            head = b"".join(iter(request.readline, b"\r\n"))
-            body = json.loads(request.read(int(re.search(rb"(?i)content-length: (\d+)", head)[1])))
-            images = [
-                Image.open(io.BytesIO(base64.b64decode(i))).convert("L") for i in body["images"]
-            ]
-            R = [sum(image.tobytes()) / image.width / image.height for image in images]
-            data = hostile.ANSWERS[name] or hostile.answer("200", json.dumps(R).encode())
-            for i in range(60 if name == "drip" else 0):
-                connection.sendall(data[i : i + 1])
-                time.sleep(0.03)
-            time.sleep(1.5 if name == "mute" else 0)
-            connection.sendall(data)
-
-
-def with_service(folder, port, answers, rng=None):
-    """Train with the reward of a service, which runs in a fork of its own, or go on with that run."""
-    with socket.create_server(("127.0.0.1", port)) as listener:
-        if (pid := os.fork()) == 0:
-            with suppress(BaseException):
-                serve(listener, list(answers))
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        fault = self.server.faults.pop(0) if self.server.faults else {}
+        time.sleep(fault.get("wait", 0))
+        if "die" in fault:
             os._exit(0)
-    args = [*RUN, "3", "--reward", f"http://127.0.0.1:{port}/"]
-    try:
-        return quick(folder, RESUME if (folder / "runs/x").exists() else args, rng=rng)
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+
+        right = judged(body) if "messages" in body else [len(image) for image in body["images"]]
+        answer = fault.get("text", json.dumps(right)).encode()
+        self.send_response(fault.get("status", 200))
+        self.send_header("Content-Length", len(answer) + fault.get("missing", 0))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *args):
+        """Say nothing."""
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+def judged(body):
+    """Return a judge's answer: yes or no, and as certain without its logprobs."""
+    picture = body["messages"][0]["content"][0]["image_url"]["url"]
+    token = {"token": ["Yes", "No"][len(picture) // 4 % 2], "logprob": 0.0}
+    choice = {"message": {"content": token["token"]}}
+    if body.get("logprobs"):
+        choice["logprobs"] = {"content": [token | {"top_logprobs": [token]}]}
+    return {"choices": [choice], "usage": {"total_tokens": 9}}
 
 
-@functools.cache
-def undisturbed_service():
-    """The result of a run with a good service."""
-    folder = new_folder(random.Random(0))
-    assert with_service(folder, free_port(), [])[0] == 0, SAID
-    return result(folder / "runs/x")
+FAULTS = [{"die": True}, {"missing": 1}, {"wait": 0.3}, {"wait": 1.5}]
+FAULTS += [{"status": status, "text": ""} for status in (301, 401, 403, 404, 413, 429, 500, 503)]
+for text in ("", "<html>Sign in</html>", "[]", "{}", "null", "3", "[1]", '["good"]', "[[1]]"):
+    FAULTS.append({"text": text})
+for text in ("no logprobs here", "max_tokens is unknown", "temperature", "insufficient_quota"):
+    FAULTS.append({"status": 400, "text": text})
 
 
-def service(rng, folder):
-    """A reward service with up to six bad answers, then good ones; where the run stopped, it is resumed."""
-    answers, port = [rng.choice(hostile.PASSING) for _ in range(rng.randint(0, 5))], free_port()
-    if rng.random() < 0.7:
-        answers.insert(rng.randint(0, len(answers)), rng.choice(list(hostile.ANSWERS)))
-    ended = with_service(folder, port, answers, rng)
-    wrong = complaint("train", *ended)
-    if not wrong and ended[0] == 2:
-        wrong = complaint("train", *with_service(folder, port, [], rng), [0])
-    numbers = any(
-        answer.startswith("[") or answer == "heads" for answer in answers
-    )  # taken for rewards
-    wrong = wrong or ("" if numbers else differs(folder, undisturbed_service()))
-    return wrong, f"{ended[0]}", f"{answers}"
+def serve(faults):
+    """Answer the requests of a run."""
+    server = ThreadingHTTPServer(("127.0.0.1", PORT), Service)
+    server.faults = list(faults)
+    server.serve_forever()
 
 
-def person():
-    """A group waits for a person's choice: it is there after hostile requests, and takes a good one.
-
-    In its folder are answers from before, in a damaged file.
-    """
-    rng, human, found, path = random.Random(sys.argv[1]), Human(2, 1), [], Path("preferences.jsonl")
-    path.write_text(
-        "".join(f'{{"key": "{i}", "prompt": "é", "choice": {i % 2}}}\n' for i in range(9))
-    )
-    hostile.damage(rng, path)
-    port = int(re.search(r":(\d+)/", human.open("."))[1])
-    images = torch.rand(2, 3, 8, 8)
-    waiting = threading.Thread(target=lambda: found.append(human(images, ["sun", "sun"]).tolist()))
-    waiting.start()
-    while not human.waiting:
-        time.sleep(0.001)
-    (key,), answers = human.waiting, dict(human.answers)
-
-    def ask(data):
-        with (
-            socket.create_connection(("127.0.0.1", port), 5) as connection,
-            suppress(ConnectionError),
-        ):
-            connection.sendall(data)
-            connection.shutdown(socket.SHUT_WR)
-            return b"".join(iter(lambda: connection.recv(65536), b""))
-
-    host = f"HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
-    for _ in range(20):
-        ask(data := hostile.request(rng, key, port))
-        shown = ask(f"GET /group {host}\r\n".encode()) or b""
-        if (
-            key.encode() not in shown
-            or human.answers != answers
-            or not {*answers.values()} <= {0, 1, None}
-        ):
-            return print(
-                f"after {data[:400]!r} the page showed {shown[:100]!r} and had {human.answers}"
-            )
-    body = json.dumps({"key": key, "choice": 1})
-    host += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-    ask(f"POST /answer {host}\r\n{body}".encode())
-    waiting.join(5)
-    kept = dict(human.read_answers()) == {**answers, key: 1}
-    print(
-        "" if found == [[0, 1]] and kept else f"a good answer came to {found}, and is kept: {kept}"
-    )
+def visit(faults):
+    """Answer the groups of --reward human on one page; a second one answers late and wrongly."""
+    keys = ["none"]
+    while True:
+        time.sleep(0.01)
+        with suppress(requests.RequestException):  # it has not begun, or has ended
+            key = requests.get(f"http://127.0.0.1:{PORT}/group", timeout=5).json()["key"]
+            right = {"key": key, "choice": sum(key.encode()) % 2}
+            answers = [right]
+            if faults:
+                wrong = right | {"choice": random.choice([2, -1, True, "0", 0.0, [], {}])}
+                opposite = right | {"choice": 1 - right["choice"]}
+                answers = [wrong, right | {"key": random.choice(keys)}, right, opposite]
+            for answer in answers:
+                requests.post(f"http://127.0.0.1:{PORT}/answer", json=answer, timeout=5)
+            keys.append(key)
 
 
-def page(rng, folder):
-    """Twenty hostile requests to the page of --reward human."""
-    ended = forked(folder, "page", [str(rng.random())])
-    return complaint("page", *ended) or ended[1].strip(), f"{ended[0]}"
+@contextmanager
+def company(name, faults=()):
+    """Inside, a run has what it needs beside it: a service, a judge or a person."""
+    process = FORK.Process(target=visit if name == "human" else serve, args=[faults], daemon=True)
+    process.start()
+    yield
+    process.kill()
+    process.join()
+
+
+# ---- runs that are disturbed
 
 
 @functools.cache
-def flags(command, estimator=None):
-    """The flags of a command, from the parser that it makes itself."""
-    if estimator:
-        parser = train.make_parser(estimator)[0]
+def undisturbed(name, more=""):
+    """Train, and nothing happens. Returns the command, its folder and its seconds."""
+    trial, start = Trial(name, 0, 0), time.time()
+    command = f"{TRAIN} {RUNS[name]} {more}"
+    with company(name):
+        trial.run(command, [0])
+    return command, trial.folder, time.time() - start
+
+
+def result(folder):
+    """Return the numbers and the LoRA that a run has come to."""
+    records = []
+    for record in metrics(folder / "runs" / "x"):
+        records.append({k: v for k, v in record.items() if k not in ("requests", "tokens")})
+    return records, (folder / "runs" / "x" / "lora.safetensors").read_bytes()
+
+
+def seconds_of(folder):
+    """Return how long each iteration took, by which one is known again."""
+    return [record.get("seconds") for record in read_metrics(folder / "runs" / "x")]
+
+
+def disturb(trial, names, how, codes, faults=()):
+    """Disturb a run one to three times, then let it end in peace: nothing may be lost."""
+    name = trial.rng.choice(list(names))
+    command, expected, seconds = undisturbed(name)
+    with company(name, faults):
+        for number in range(trial.rng.choice([1, 1, 2, 3])):
+            rng = random.Random(f"{trial.folder.name[:-9]} {number}")
+            trial.run(command, codes, lambda: how(rng, seconds))
+    done = seconds_of(trial.folder)[:-1]  # the last may not have been saved
+    with company(name):
+        trial.run(command, [0])
+
+    if result(trial.folder) != result(expected):
+        raise Fault("it came to other numbers than an undisturbed run")
+    if seconds_of(trial.folder)[: len(done)] != done:
+        raise Fault("what was saved was done again")
+
+
+def killed(trial):
+    """The machine goes down, also in the middle of a write."""
+    disturb(trial, RUNS, die, [0, -signal.SIGKILL, -signal.SIGXFSZ])
+
+
+def interrupted(trial):
+    """Somebody presses Ctrl-C."""
+    disturb(trial, RUNS, press_ctrl_c, [0, 130])
+
+
+def disk_full(trial):
+    """The disk is full for a while; a person who answers would be asked again and again."""
+    disturb(trial, RUNS.keys() - {"human"}, fill_disk, [0, 2])
+
+
+def let_down(trial):
+    """A service, a judge or a person answers late, wrongly, or not at all."""
+    faults = trial.rng.choices(FAULTS, k=trial.rng.randint(1, 6))
+    trial.story.append(f"faults of the service: {faults}")
+    disturb(trial, ["service", "judge", "human"], lambda *_: None, [0, 2], faults)
+
+
+# ---- damaged files
+
+
+def damage(trial, name, ways=("flip", "cut", "empty")):
+    """Flip a bit of a file, cut it or empty it."""
+    path = trial.folder / name
+    data = bytearray(path.read_bytes())
+    how = trial.rng.choice(ways)
+    # of a safetensors file the header: nobody can know of other numbers
+    size = 8 + int.from_bytes(data[:8], "little") if path.suffix == ".safetensors" else len(data)
+    at = trial.rng.randrange(size)
+    if how == "flip":
+        data[at] ^= 1 << trial.rng.randrange(8)
     else:
-        with mock.patch.object(
-            Parser, "parse_args", autospec=True, side_effect=InterruptedError
-        ) as parse:
-            with suppress(InterruptedError):
-                MAINS[command]()
-        parser = parse.call_args[0][0]
-    return [action for action in parser._actions if action.option_strings]
+        del data[at if how == "cut" else 0 :]
+    path.unlink()  # it may be a link
+    path.write_bytes(data)
+    trial.story.append(f"{name}: {how} at {at}")
 
 
-def draw_line(rng):
-    """A command and its arguments: little work, then up to three flags with values of all sorts."""
-    command = rng.choice(
-        ["train"] * 35 + ["sample"] * 10 + [name for name in MAINS if name != "page"]
-    )
-    args, estimator = SMALL.get(command, "").split(), None
-    if command == "train" and rng.random() < 0.1:
-        args, estimator = "--name old --resume".split(), "fdfo"
-    elif command == "train":
-        estimator = named(drawn := rng.choice([*ESTIMATORS, *["fdfo"] * 7]))
-        args += ["--estimator", estimator, *ESTIMATORS[drawn].split()]
-        if rng.random() < 0.3:  # with the flags of fdfo
-            args, estimator = [*SMALL["train"].split(), "--estimator", "est.py:f"], "fdfo"
-        if rng.random() < 0.3:
-            args += [
-                f"--{rng.choice(['reward', 'reward', 'reward', 'watch'])}={hostile.expression(rng)}"
-            ]
-    elif command == "bench" and rng.random() < 0.5:
-        args.remove("--estimate")
-    elif command == "sample" and rng.random() < 0.5:
-        args += ["--lora", "runs/old"]
-    for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
-        action = rng.choice(flags(command, estimator))
-        numeric = action.type and not action.choices
-        value = rng.choice(
-            hostile.NUMBERS if rng.random() < (0.9 if numeric else 0.2) else hostile.TEXTS
-        )
-        if action.dest in ("reward", "watch") and rng.random() < 0.8:
-            value = hostile.expression(rng)
-        elif action.choices and rng.random() < 0.5:
-            value = rng.choice(list(action.choices))
-        elif action.dest == "out" and value[:1] in ("/", "~"):
-            value = "folder"  # the root of somebody's machine is left alone
-        flag = action.option_strings[-1] + ("" if rng.random() < 0.95 else rng.choice("sé="))
-        alone = action.nargs == 0 and rng.random() < 0.9
-        args += [flag] if alone else [f"{flag}={value}"] if rng.random() < 0.5 else [flag, value]
-    if rng.random() < 0.03:
-        args.insert(rng.randrange(len(args) + 1), rng.choice(hostile.TEXTS))
-    return command, *args
+def damaged(trial):
+    """Files of a run that is half done are damaged, then it is resumed."""
+    name = trial.rng.choice(["fdfo", "spsa", "awm"])
+    command, expected, _ = undisturbed(name)
+    shutil.copytree(undisturbed(name, "--iterations 2")[1] / "runs", trial.folder / "runs")
+    files = "state.pt state.pt state.previous.pt metrics.jsonl config.json lora.safetensors"
+    files += " samples/000000.png samples/000002.png"
+    chosen = sorted(set(trial.rng.choices(files.split(), k=trial.rng.choice([1, 1, 2]))))
+    for file in chosen:
+        damage(trial, f"runs/x/{file}")
+
+    code, said = trial.run(command, [0, 2])
+    if code == 0 and result(trial.folder) != result(expected):
+        raise Fault("it came to other numbers than without the damage")
+    if code == 0 and "state.pt" in chosen and "state.pt is damaged" not in said:
+        raise Fault("it said nothing of the damage")
+
+
+def lora_damaged(trial):
+    """A LoRA is damaged, then drawn with, or trained further."""
+    damage(trial, "lora.safetensors")
+    trial.run(trial.rng.choice([SAMPLE, f"{TRAIN} {RUNS['further']}"]), [2])
+
+
+# ---- mistyped commands
+
+NAMES = "brightness fdfo two.txt tiny cpu last lora.safetensors".split()  # of which typos make none
+MISTAKES = {
+    "train.py": """--reward ; --reward '' ; --reward 2 ; --reward -clip ; --reward 'clip +'
+        --reward 'clip ocr' ; --reward brightness/2 ; --reward mine.py ; --reward mine.py:no
+        --reward no.py:few ; --reward mine.py:few ; --reward mine.py:words ; --reward mine.py:lost
+        --reward http:/localhost ; --reward http:// ; --reward judge ; --reward taste:me
+        --reward vlm:9b ; --reward human --estimator spsa ; --watch human ; --watch 'clip, jpg'
+        --estimator grpo ; --estimator mine.py ; --estimator mine.py:few ; --estimator no.py:few
+        --estimator spsa --churn 0.1 ; --h 0.5 ; --branch 3 ; --init-lora words ; --init-lora no
+        --init-lora folder ; --init-lora models/tiny-sd3/vae/diffusion_pytorch_model.safetensors
+        --layers to_x ; --layers '' ; --out two.txt ; --out /proc/runs ; --name ../x ; --name 'a b'
+        --name old ; --name old --resume ; --name no --resume ; aesthetic ; –lr 0.1 ; --lr 10
+        --pairs 0 ; --pairs ten ; --rank 2.5 ; --lr 1,5 ; --lr nan ; --seed -1 ; --iterations ''""",
+    "sample.py": """--prompt ; --n 0 ; --n 1e1 ; --lora no ; --lora words ; --lora folder
+        --lora runs
+        --lora models/tiny-sd3/vae/diffusion_pytorch_model.safetensors ; --out no/a.png
+        --out a ; --out folder ; --out a.txt ; sun""",
+    "both": """--prompts no.txt ; --prompts empty.txt ; --prompts a.bin ; --prompts folder
+        --prompts a.csv ; --model tny ; --model some/where ; --model folder ; --model two.txt
+        --model models/tiny-sd3 ; --model models/tiny-clip ; --steps 0 ; --steps ; --guidance high
+        --size big ; --size 100 ; --size 64x ; --dtype fp16 ; --device gpu ; --device cuda:99""",
+}
+CODE = """
+def few(images, prompts): return [1.0]
+def words(images, prompts): return ["good"] * len(images)
+def lost(images, prompts): return [float("nan")] * len(images)
+"""
+
+
+def furnish(trial):
+    """Put into the folder what mistaken commands name, and a run from before."""
+    folder = trial.folder
+    texts = {"empty.txt": "\n", "a.csv": "prompt\nsun\n", "words": "no weights", "mine.py": CODE}
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    (folder / "a.bin").write_bytes(b"\x89PNG\xff\xfe\x00")
+    (folder / "folder").mkdir()
+    shutil.copytree(Trial.home / "runs" / "x", folder / "runs" / "old")
+
+    # a model with a damaged file
+    for name in ("tiny-sd3", "tiny-clip"):
+        shutil.copytree(TINY / name, folder / "models" / name, copy_function=os.symlink)
+    files = sorted(path for path in folder.glob("models/**/*") if path.is_file())
+    damage(trial, trial.rng.choice(files).relative_to(folder), ["cut", "empty"])
+
+
+def mistype(rng, word):
+    """Leave out a letter of a word, type it twice, or swap it with the next."""
+    typed = word
+    while typed == word:
+        at = rng.randrange(len(word))
+        head, letter, tail = word[:at], word[at], word[at + 1 :]
+        swapped = head + tail[:1] + letter + tail[1:]
+        typed = rng.choice([head + tail, head + 2 * letter + tail, swapped])
+    return typed
+
+
+def mistyped(trial):
+    """A command line has one or two mistakes: it says so, and leaves everything as it was."""
+    furnish(trial)
+    before = contents(trial.folder)
+    words = shlex.split(trial.rng.choice([TRAIN, TRAIN, SAMPLE]))
+    mistakes = re.split("[;\n]", f"{MISTAKES[words[0]]}\n{MISTAKES['both']}")
+    for _ in range(trial.rng.choice([1, 1, 2])):
+        if trial.rng.random() < 0.3:
+            known = [i for i, word in enumerate(words) if word[:2] == "--" or word in NAMES]
+            at = trial.rng.choice(known)
+            words[at] = mistype(trial.rng, words[at])
+        else:
+            words += shlex.split(trial.rng.choice(mistakes))
+
+    trial.run(shlex.join(words), [2])
+    if contents(trial.folder) != before:
+        raise Fault("files have come or changed")
 
 
 def contents(folder):
-    """{path of every file below a folder: its content}."""
-    paths = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
-    return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in paths}
+    """Return the files in a folder and what they hold."""
+    return {path: path.is_file() and path.read_bytes() for path in folder.glob("**/*")}
 
 
-def every_line():
-    """Each value once, of every flag of every command, and all code of users: command, arguments, files."""
-    train = ["train", *SMALL["train"].split()]
-    for command in SMALL:  # the others take too long where their flags are good
-        for action in flags(command, "fdfo" if command == "train" else None):
-            flag, values = action.option_strings[-1], [*hostile.NUMBERS, *hostile.TEXTS]
-            if action.dest == "out":  # the root of somebody's machine is left alone
-                values = [value for value in values if value[:1] not in ("/", "~")]
-            for text in [flag] if action.nargs == 0 else [f"{flag}={value}" for value in values]:
-                yield [command, *SMALL[command].split(), text], {}
-    for term in hostile.TERMS:
-        for flag in ("--reward=", "--watch=", "--reward=brightness - "):
-            yield [*train, f"{flag}{term}"], {}
-    rewards = [(head, "return n * [1.0]") for head in hostile.HEADS]
-    rewards += [("", body) for body in hostile.REWARDS]
-    for head, body in rewards:
-        for flag in ("--reward=", "--watch=", "--reward=brightness - "):
-            yield [*train, f"{flag}mine.py:f"], {"mine.py": f"{head}\n{hostile.REWARD}{body}"}
-    signature, fine = (
-        "problem, eps, cond, generator",
-        "problem.reward(eps, cond); grads(1.0); return 2",
-    )
-    parts = [(signature, "", body) for body in hostile.ESTIMATES]
-    parts += [(s, words, fine) for s in hostile.SIGNATURES for words in hostile.HELPS]
-    for part in parts:
-        for more in ([], ["--help"], ["--h=1"], ["--no-b"]):
-            yield (
-                [*train, "--estimator", "est.py:f", *more],
-                {"est.py": hostile.ESTIMATOR.format(*part)},
-            )
+# ---- the campaign
+
+KINDS = [mistyped, killed, interrupted, disk_full, let_down, damaged, lora_damaged]
+SHARES = dict(zip(KINDS, [30, 25, 15, 10, 12, 10, 5]))  # of the time
 
 
-def line(rng, folder, drawn=None):
-    """A command line. What was there stays as it was, and nothing comes but what was asked for."""
-    command, *args = drawn or draw_line(rng)
-    LINES.add((command, *args))
-    shutil.copytree(undisturbed("fdfo", 2)[0] / "runs/x", folder / "runs/old")
-    before = contents(folder.parent)
-    code, out, err = forked(folder, command, args, interrupt=8)
-    wrong, after = complaint(command, code, out, err, (0, 2, 130)), contents(folder.parent)
-    text = " ".join(args)
-    for path in after.keys() | before.keys():
-        if after.get(path) == before.get(path) or "__pycache__" in path:
-            continue
-        run = folder.parent / re.sub("/samples$", "", os.path.dirname(path))
-        if (
-            command == "train" and path not in before
-        ):  # a run that trained, or one that a person was to judge
-            good = (
-                len(read_metrics(run)) > 1
-                or "human" in text
-                or path.endswith(".part")
-                and code == 130
-            )
-        elif command == "train":
-            good = "--resume" in args and path.startswith("most/runs/old/") and code != 2
-        elif command == "sample":
-            good = code == 0 and ("--out" in text or path == "most/sample.png")
-        else:
-            good = path not in before and code != 2
-        wrong = wrong or ("" if good else f"{path} was changed, or came")
-    return wrong, f"{command}: {code}", repr([command, *args])[:700]
+def make_ready():
+    """Train once in this process, so that its forks have everything imported."""
+    Trial.home = Path(tempfile.mkdtemp(prefix="campaign-"))
+    atexit.register(shutil.rmtree, Trial.home)
+    os.chdir(Trial.home)
+    Path("two.txt").write_text("sun\nrobot\n")
+    sys.dont_write_bytecode = True
+    tqdm.monitor_interval = 0  # no thread, which forks would lack
+    tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and the killed keep it
+
+    zoo.http.Http.pause, zoo.http.Http.timeout, zoo.judge.Judge.timeout = 0.01, 1, 1
+    os.environ |= {"OPENAI_BASE_URL": f"http://127.0.0.1:{PORT}/v1", "OPENAI_API_KEY": KEY}
+    page = functools.partial(ThreadingHTTPServer, ("127.0.0.1", PORT))
+    zoo.human.ThreadingHTTPServer = lambda address, handler: page(handler)
+    sys.argv = shlex.split(TRAIN)
+    train.main()
 
 
-def each(rng, folder, n):
-    """The n-th command line of all that has one hostile thing in it."""
-    drawn, files = list(every_line())[n]
-    for name, text in files.items():
-        (folder / name).write_text(text)
-    return line(rng, folder, drawn)
-
-
-MAINS["page"] = person
-KINDS = {
-    line: 35,
-    kill: 22,
-    machine: 12,
-    file: 25,
-    service: 4,
-    page: 2,
-}  # and their shares of the time
-
-
-def trial(seed, kind, n):
-    """One trial: what is wrong, or ""; what happened, in a word; and more of that."""
-    rng = random.Random(f"{seed} {kind.__name__} {n}")
-    folder = new_folder(rng)
+def attempt(kind, seed, number):
+    """Make a trial. If it finds a fault, print what was done and end this command."""
+    trial = Trial(kind.__name__, seed, number)
     try:
-        return kind(rng, folder, n) if kind is each else kind(rng, folder)
-    finally:
-        shutil.rmtree(folder.parent.parent)
-
-
-def warm_up():
-    """Train once in this process, so that its forks have everything imported; then it is as before."""
-    tqdm.monitor_interval = 0  # no threads, which a fork would lack
-    tqdm.set_lock(
-        threading.RLock()
-    )  # tqdm's own is one for all forks, and the killed would keep it
-    torch.set_num_threads(1)
-    with chdir(new_folder(random.Random(0))), open("said", "w") as said:
-        with redirect_stdout(said), redirect_stderr(said):
-            with mock.patch.object(sys, "argv", ["train.py", *RUN, "1"]):
-                train.main()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    gc.collect()
-    gc.freeze()  # what no fork goes through stays shared
+        kind(trial)
+    except Fault as fault:
+        atexit.unregister(shutil.rmtree)
+        again = f"python -m tests.campaign --seed {seed} --only {kind.__name__}:{number}"
+        print("FAULT", *trial.story, fault, f"in {trial.folder}; {again}", sep="\n")
+        sys.exit(1)
+    shutil.rmtree(trial.folder)
 
 
 def main():
-    parser = Parser(description=__doc__)
-    parser.add_argument(
-        "--minutes", type=number(float, 0, 10_000), default=1.0, help="in all (default 1)"
-    )
-    parser.add_argument(
-        "--trials", type=number(int, 1), help="of each kind, however long they take"
-    )
-    parser.add_argument(
-        "--seed", type=number(int, 0), default=0, help="of all that is drawn (default 0)"
-    )
-    parser.add_argument("--only", help="a kind, each, or one trial as kind:17")
+    parser = Parser(__doc__)
+    parser.add_argument("--minutes", type=float, default=1, help="in all")
+    parser.add_argument("--seed", default="0", help="of all that is drawn")
+    parser.add_argument("--only", metavar="KIND:NUMBER", help="one trial again")
     args = parser.parse_args()
-    name, _, n = (args.only or "").partition(":")
-    kinds = [kind for kind in (*KINDS, each) if kind.__name__ == name] if name else list(KINDS)
-    if kinds == [each]:
-        args.trials = args.trials or sum(1 for _ in every_line())
-    warm_up()
-    if n:
-        return print(*trial(args.seed, kinds[0], int(n)), *SAID, sep="\n")
-    counts, spent, outcomes, start = Counter(), Counter(), defaultdict(Counter), time.time()
-    with suppress(KeyboardInterrupt):  # which may end it early
-        while kinds:
-            kind = min(
-                kinds, key=lambda kind: counts[kind] if args.trials else spent[kind] / KINDS[kind]
-            )
-            began = time.time()
-            if counts[kind] == args.trials or not args.trials and began - start > 60 * args.minutes:
-                break
-            wrong, what, *more = trial(args.seed, kind, counts[kind])
-            outcomes[kind]["FAILED" if wrong else what] += 1
-            if wrong:
-                again = f"python -m tests.campaign --seed {args.seed} --only {kind.__name__}:{counts[kind]}"
-                print(f"FAILED {again}", what, *more, wrong, sep="\n    ", flush=True)
-            counts[kind] += 1
-            spent[kind] += time.time() - began
-    for kind in kinds:
-        print(f"{kind.__name__}: {counts[kind]} trials, {spent[kind]:.0f} s")
-        print(*(f"{count:8} {what}" for what, count in outcomes[kind].most_common()), sep="\n")
-    failures = sum(outcomes[kind]["FAILED"] for kind in kinds)
-    minutes = (time.time() - start) / 60
-    print(f"{len(LINES)} distinct command lines; {failures} failures in {minutes:.0f} minutes")
-    sys.exit(failures > 0)
+    make_ready()
+    if args.only:
+        name, number = args.only.split(":")
+        return attempt(globals()[name], args.seed, number)
+
+    counts, spent = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
+    end = time.time() + 60 * args.minutes
+    while time.time() < end:
+        kind = min(KINDS, key=lambda kind: spent[kind] / SHARES[kind])
+        start = time.time()
+        attempt(kind, args.seed, counts[kind])
+        counts[kind] += 1
+        spent[kind] += time.time() - start
+    print(*(f"{kind.__name__}: {counts[kind]} trials" for kind in KINDS), sep="\n")
 
 
 if __name__ == "__main__":
-    if os.environ.get("HF_HUB_OFFLINE") != "1":  # which is read at import
-        offline = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        os.execve(sys.executable, [sys.executable, "-m", "tests.campaign", *sys.argv[1:]], offline)
-    with tempfile.TemporaryDirectory() as HOME:
-        run_command(main)
+    main()

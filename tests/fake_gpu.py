@@ -1,9 +1,10 @@
-"""A pretended GPU: tensors that say they are on cuda:0, and PyTorch's own rules of which devices may mix.
+"""A pretended GPU: tensors that say they are on cuda:0, by PyTorch's own rules of which may mix.
 
     with fake_gpu():
         train.main()  # with --device cuda, and the numbers of the CPU
 
-A tensor in the wrong place raises the error that it raises on a card. Kernels of the GPU are not tested.
+A tensor in the wrong place raises the error that it raises on a card. Kernels of the GPU are not
+tested.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -14,8 +15,6 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from studies.profiler import Generator
 
 aten = torch.ops.aten
 # to PyTorch's C++ our tensors are on "meta", the only device that has autograd and needs no driver
@@ -45,22 +44,19 @@ def check_devices(operator, args, kwargs):
     kind = operator.overloadpacket
     if kind in (aten.copy_, aten._foreach_copy_):  # Copy.cpp: from any device to any
         return
-    if (
-        kind in INDEXING
-    ):  # TensorAdvancedIndexing.cpp: indices may be on the CPU, and a single value
+    if kind in INDEXING:
+        # TensorAdvancedIndexing.cpp: indices may be on the CPU, and a single value
         x, indices, *values = args
         if any(i is not None and i.device not in (CPU, x.device) for i in indices):
             where = f"on cpu or on the same device as the indexed tensor ({x.device})"
             raise RuntimeError(f"indices should be either {where}")
         tensors = [x, *(value for value in values[:1] if value.dim() > 0)]
-    elif (
-        operator.name() in iterated()
-    ):  # TensorIterator.cpp: one number may be on the CPU, but no result
+    elif operator.name() in iterated():
+        # TensorIterator.cpp: one number may be on the CPU, but no result
         numbers = [a for a in tensors if a.dim() == 0 and a.device == CPU]
         others = [a for a in tensors if a.dim() > 0 or a.device != CPU]
-        allowed = (
-            len(numbers) if kind is aten.where else 1
-        )  # TensorCompare.cpp: as many as there are
+        # TensorCompare.cpp: where takes as many as there are
+        allowed = len(numbers) if kind is aten.where else 1
         tensors = others + numbers[allowed:] if others else []
         if others and operator._schema.name.endswith("_"):
             mapped(tensors.append, args[0])
@@ -99,12 +95,22 @@ class GPUTensor(torch.Tensor):
         raise RuntimeError("a tensor of the fake GPU is used outside of fake_gpu()")
 
 
+class Generator(torch.Generator):
+    """A generator of the CPU that says it is on another device."""
+
+    device = property(lambda self: self.named)
+
+    def __new__(cls, device="cpu"):
+        generator = super().__new__(cls)
+        generator.named = torch.device(device)
+        return generator
+
+
 class Operators(TorchDispatchMode):
     """Checks every operator, below autograd, and computes it with the values."""
 
-    meta_is_meant = (
-        False  # Python code that says meta, to load weights, means it; C++ means the fake GPU
-    )
+    # Python code that says meta, to load weights, means it; C++ means the fake GPU
+    meta_is_meant = False
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs, outer = kwargs or {}, {}
@@ -123,23 +129,21 @@ class Operators(TorchDispatchMode):
             options["device"] = CPU if on_gpu else kwargs["device"]
 
         def wrap(tensor):
-            return (
-                outer[id(tensor)]
-                if id(tensor) in outer
-                else GPUTensor(tensor)
-                if on_gpu
-                else tensor
-            )
+            if id(tensor) in outer:
+                return outer[id(tensor)]
+            return GPUTensor(tensor) if on_gpu else tensor
 
         return mapped(wrap, operator(*inner, **options))
 
 
 class Functions(TorchFunctionMode):
-    """Changes what is called so that PyTorch's C++ neither looks for a driver nor bypasses `Operators`."""
+    """Changes calls so that PyTorch's C++ neither looks for a driver nor bypasses `Operators`."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if function in (torch.device, torch._C._nn._parse_to):
+            return function(*args, **kwargs)
+        if isinstance(function, torch._ops.OpOverload):  # from C++, through another mode
             return function(*args, **kwargs)
         if kwargs.get("generator") is not None:  # Generator.h: has to be of the result's device
             own = [a.device for a in args if isinstance(a, torch.Tensor)]
@@ -195,8 +199,8 @@ def backward(loss):
 @contextmanager
 def fake_gpu():
     """Inside, "cuda" is the fake GPU."""
-    answers = {"is_available": True, "is_bf16_supported": True, "synchronize": None}
-    answers |= {"max_memory_allocated": 0, "get_device_name": "pretended"}
+    answers = {"is_available": True, "is_bf16_supported": True, "_lazy_init": None}
+    answers |= {"synchronize": None, "max_memory_allocated": 0, "get_device_name": "pretended"}
     with ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(

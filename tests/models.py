@@ -1,4 +1,4 @@
-"""What several tests need of models: small pipelines in folders, ours as flows, and diffusers' own."""
+"""What several tests need: small pipelines in folders, ours as flows, and diffusers' own."""
 
 import argparse
 import functools
@@ -24,7 +24,7 @@ TOP = tempfile.TemporaryDirectory()  # is removed with this process
 
 @functools.cache
 def folder(name):
-    """The folder of a small pipeline, made when it is first asked for; "tiny" is the bundled one."""
+    """The folder of a small pipeline, made when first asked for; "tiny" is the bundled one."""
     if name == "tiny":
         return TINY / "tiny-sd3"
     for part in ("tiny-clip", "tiny-aesthetic"):

@@ -69,10 +69,12 @@ def test_what_a_card_refuses_is_refused(card):
             lambda: x.index_add(0, i, x[:2]), lambda: F.embedding(i, x[:, None]), lambda: a.dot(x),
             lambda: F.linear(a[None], x[None]), lambda: F.conv1d(x[None, None], a[None, None]),
             lambda: F.layer_norm(x, [3], a), lambda: torch.bucketize(x, a), lambda: x.add_(a),
-            lambda: x.__setitem__(j, a[:2]), lambda: number.clone().add_(x[0]), lambda: x.clamp(number),
-            lambda: torch.cat([x, number[None]]), lambda: torch.addcmul(x, number, number),
+            lambda: x.__setitem__(j, a[:2]), lambda: number.clone().add_(x[0]),
+            lambda: x.clamp(number), lambda: torch.cat([x, number[None]]),
+            lambda: torch.addcmul(x, number, number),
             lambda: F.scaled_dot_product_attention(*(b.expand(1, 1, 3, 3) for b in (x, x, a))),
-            lambda: torch.randn(3, generator=on_cpu, device="cuda"), lambda: torch.randn(3, generator=on_gpu),
+            lambda: torch.randn(3, generator=on_cpu, device="cuda"),
+            lambda: torch.randn(3, generator=on_gpu),
             lambda: x.clone().normal_(generator=on_cpu), lambda: x.numpy(),
         ):  # fmt: skip
             with pytest.raises((RuntimeError, TypeError)):

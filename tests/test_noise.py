@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from models.table import find_model
 from studies import noise
 from studies.baselines import backprop
 
@@ -20,43 +21,49 @@ def opposite(problem, *draws):
     return images
 
 
-def half_random(problem, eps, cond, generator):
-    """The gradient, and a random vector that is three times as long and nearly at right angles to it."""
+def quarter(problem, eps, cond, generator):
+    """The gradient, plus a random vector three times as long and nearly at right angles to it."""
     backprop(problem, eps, cond)
-    lengths = torch.cat([p.grad.flatten() for p in problem.lora.parameters])
+    g = torch.cat([p.grad.flatten() for p in problem.lora.parameters])
     for p in problem.lora.parameters:
-        p.grad += (
-            3 * lengths.norm() / len(lengths) ** 0.5 * torch.randn(p.shape, generator=generator)
-        )
+        noise = torch.randn(p.shape, generator=generator)
+        p.grad += 3 * g.norm() / len(g) ** 0.5 * noise
     return len(eps)
 
 
 def test_the_cosine_of_what_is_known(monkeypatch, capsys):
-    monkeypatch.setattr(noise, "EXACT", (backprop, 4, {}))
-    methods = {"same": backprop, "opposite": opposite, "half random": half_random}
-    monkeypatch.setattr(
-        noise, "METHODS", {name: (method, 4, {}) for name, method in methods.items()}
-    )
-    monkeypatch.setattr(sys, "argv", ["noise.py", "--steps", "1", "--estimates", "3"])
+    def train(problem, eps, cond, generator, **options):
+        trained.append(problem.lora)
+        for p in problem.lora.parameters:
+            p.grad = torch.ones_like(p)
+
+    trained = []
+    methods = {"same": backprop, "opposite": opposite, "a quarter": quarter}
+    methods = {name: (method, 2, {}) for name, method in methods.items()}
+    monkeypatch.setattr(noise, "METHODS", methods)
+    monkeypatch.setattr(noise, "EXACT", (backprop, 2, {}))
+    monkeypatch.setattr(noise, "fdfo", train)
+    flags = "--steps 1 --estimates 2 --iterations 2"
+    monkeypatch.setattr(sys, "argv", ["noise.py", *flags.split()])
     noise.main()
+
+    # B begins at 0, and Adam's steps are as long as the learning rate
+    assert len(trained) == 2 and trained[0] is trained[1]
+    steps = torch.cat([layer.B.detach().flatten() for layer in trained[0].layers.values()])
+    assert (steps / (-2 * find_model("tiny").lr) - 1).abs().max() < 0.01
+
     first, *lines = capsys.readouterr().out.splitlines()
     assert 0 < float(re.search(r"cosine of ([\d.]+)", first)[1]) < 1
-    found = {
-        line[:22].strip(): [float(x) for x in re.findall(r"[-+]?\d\.\d+", line)] for line in lines
-    }
-    # that with its own mean, over the cosine of the mean, is larger than 1 for so few
-    assert found["same"][0] > 1 and found["opposite"] == [-found["same"][0], found["same"][1]]
-    assert found["half random"][0] == pytest.approx(found["same"][0] / 10**0.5, rel=0.05)
-    assert all("12 evaluations" in line for line in lines)  # four images forward and backward
+    same, opposed, part = ([float(x) for x in re.findall(r"[-+]?\d+\.?\d*", x)] for x in lines)
+    # that of an exact one with its own mean, over that of the mean, is larger than 1 for so few
+    assert same[0] > 1 and same[2] == 2 * 3  # evaluations: two images, forward and backward
+    assert opposed == [-same[0], *same[1:]]
+    assert part[0] == pytest.approx(same[0] / 10**0.5, rel=0.05)
 
 
-def test_the_model_may_be_trained_before(monkeypatch, capsys):
-    monkeypatch.setattr(noise, "EXACT", (backprop, 2, {}))
-    monkeypatch.setattr(noise, "METHODS", {"same": (backprop, 2, {})})
-    said = {}
-    for iterations in ("0", "2"):
-        command = ["noise.py", "--steps", "1", "--estimates", "2", "--iterations", iterations]
-        monkeypatch.setattr(sys, "argv", command)
-        noise.main()
-        said[iterations] = capsys.readouterr().out
-    assert said["0"] != said["2"] and all("6 evaluations" in text for text in said.values())
+def test_the_mean_of_noisy_estimates_is_as_pure_as_it_is():
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(4000, generator=generator).double()
+    exact = g + 2 * torch.randn(50, 4000, generator=generator).double()
+    mean, purity = noise.mean_and_purity(exact)
+    assert purity == pytest.approx(torch.cosine_similarity(mean, g, dim=0).item(), abs=0.01)

@@ -1,13 +1,16 @@
-"""Build the tiny models from emoji pictures: pipeline (tokenizer, VAE, flow), CLIP and aesthetic head.
+"""Build the tiny models from emoji pictures: pipeline (tokenizer, VAE, flow), CLIP, aesthetic head.
 
     npm install unicode-emoji-json @iconify-json/fluent-emoji-flat \\
         emoji-datasource-google emoji-datasource-twitter
     pip install resvg_py
-    for stage in data tokenizer vae flow clip aesthetic; do python tiny/build.py $stage --out build; done
+    for stage in data tokenizer vae flow clip aesthetic; do
+        python tiny/build.py $stage --out build
+    done
 
-It wants a GPU; on a CPU give --steps 5 to see that everything runs. Stages read what earlier ones wrote to
---out. --data takes any .npz with images [N, 64, 64, 3] uint8, concept [N] and style [N] (indices into the
-lists of names `concepts` and `styles`), so that you can train on pictures of your own.
+It wants a GPU; on a CPU give --steps 5 to see that everything runs. Stages read what earlier ones
+wrote to --out. --data takes any .npz with images [N, 64, 64, 3] uint8, concept [N] and style [N]
+(indices into the lists of names `concepts` and `styles`), so that you can train on pictures of your
+own.
 """
 
 import argparse
@@ -77,23 +80,23 @@ def svg_reader(folder):
     return read
 
 
-# Unicode's groups, less what is text or comes in many near copies; of the symbols only a few plain shapes
-GROUPS = "Smileys & Emotion,People & Body,Animals & Nature,Food & Drink,Travel & Places,Activities,Objects".split(
-    ","
-)
+# Unicode's groups, less what is text or comes in many near copies; of symbols a few plain shapes
+GROUPS = "Smileys & Emotion,People & Body,Animals & Nature,Food & Drink,Travel & Places"
+GROUPS = f"{GROUPS},Activities,Objects".split(",")
 SHAPES = re.compile(
     r"^(red|orange|yellow|green|blue|purple|brown|black) (circle|square)$"
     r"|^(large|small) (orange|blue) diamond$"
     r"|^(yin yang|peace symbol|recycling symbol|radioactive|biohazard|warning|no entry|check mark)$"
 )
 SKIP = re.compile(
-    r"o.clock|-thirty|^family|^kiss (wo)?man|^couple with heart |facing right|^input |button$|holding hands"
-    r"|^page |^white large|^middle finger$|^(on|soon|top|back|end) |^((wo)?man|(wo)?men) "
+    r"o.clock|-thirty|^family|^kiss (wo)?man|^couple with heart |facing right|^input |button$"
+    r"|holding hands|^page |^white large|^middle finger$"
+    r"|^(on|soon|top|back|end) |^((wo)?man|(wo)?men) "
 )
 
 
 def build_data(args):
-    """Collect up to three renderings of each emoji; a tenth of the names is held out of the prompts."""
+    """Collect up to three renderings of each emoji; hold a tenth of the names out."""
     readers = {
         "noto": png_reader(args.npm / "emoji-datasource-google/img/google/64"),
         "twemoji": png_reader(args.npm / "emoji-datasource-twitter/img/twitter/64"),
@@ -167,7 +170,7 @@ def tokenize(tokenizer, texts):
 
 
 def train(name, args, parameters, lr, loss_of, weight_decay=0.01):
-    """AdamW with warm-up and cosine decay on loss_of(batch size); the weights end as their moving average."""
+    """AdamW with warm-up and cosine decay on loss_of(batch size); leaves their moving average."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=weight_decay)
     average = [p.detach().clone() for p in parameters]
@@ -191,7 +194,7 @@ def train(name, args, parameters, lr, loss_of, weight_decay=0.01):
 
 
 def save_half(model, folder):
-    """Save float16 weights with a configuration that says float32, in which they are then loaded."""
+    """Save float16 weights with a configuration that says float32, in which they are loaded."""
     model.half().save_pretrained(folder)
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"float16"', '"float32"'))
@@ -246,7 +249,7 @@ def difference(x, y):
 
 
 def build_vae(args):
-    """An 8-fold VAE with 16 latent channels, whose latents have about unit variance in every channel."""
+    """An 8-fold VAE with 16 latent channels, each of about unit variance."""
     data = Data(args)
     vae = diffusers.AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=16, sample_size=64, layers_per_block=1,
@@ -305,14 +308,16 @@ def build_flow(args):
     encoders = nn.ModuleList()
     for width in (96, 64):
         config = transformers.CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, projection_dim=128,
-            num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=MAX_TOKENS, hidden_act="gelu",
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width,
+            projection_dim=128, num_hidden_layers=3, num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS, hidden_act="gelu",
             **special_tokens(tokenizer),
         )  # fmt: skip
         encoders.append(transformers.CLIPTextModelWithProjection(config))
     transformer = diffusers.SD3Transformer2DModel(
-        sample_size=8, patch_size=1, in_channels=16, out_channels=16, num_layers=6, num_attention_heads=4,
-        attention_head_dim=32, joint_attention_dim=160, caption_projection_dim=128, pooled_projection_dim=256,
+        sample_size=8, patch_size=1, in_channels=16, out_channels=16, num_layers=6,
+        num_attention_heads=4, attention_head_dim=32, joint_attention_dim=160,
+        caption_projection_dim=128, pooled_projection_dim=256,
         pos_embed_max_size=8, qk_norm="rms_norm",
     )  # fmt: skip
     for block in transformer.transformer_blocks:  # start as the identity (adaLN-zero)
@@ -354,7 +359,7 @@ def build_flow(args):
 
 
 def damage(x, z, vae):
-    """Damage pictures x [n, 3, 64, 64] of latents z, each in one of several ways; also gives qualities."""
+    """Damage pictures x [n, 3, 64, 64] of latents z, each in its own way; return qualities, too."""
     n, s = len(x), torch.rand(len(x), device=x.device) ** 1.5
     b = s.view(-1, 1, 1, 1)
     coarse = F.interpolate(torch.rand(n, 1, 4, 4, device=x.device), size=8, mode="bilinear")
@@ -380,12 +385,13 @@ def damage(x, z, vae):
 
 
 def build_clip(args):
-    """A CLIP to which a damaged picture fits its caption less, so that its score falls with quality."""
+    """A CLIP to which a damaged picture fits its caption less: its score falls with quality."""
     data, vae, tokenizer = Data(args), load_vae(args), load_tokenizer(args)
     z = (encode(vae, data) - vae.config.shift_factor) * vae.config.scaling_factor
     text = dict(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, projection_dim=128,
-        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=MAX_TOKENS, hidden_act="gelu",
+        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=MAX_TOKENS,
+        hidden_act="gelu",
         **special_tokens(tokenizer),
     )  # fmt: skip
     vision = dict(
@@ -432,7 +438,7 @@ def make_head():
 
 
 def build_aesthetic(args):
-    """A head over CLIP embeddings of real, damaged and generated pictures; labels are 0.5 + 9 * quality."""
+    """A head over CLIP embeddings of real, damaged and generated pictures."""
     data, vae = Data(args), load_vae(args)
     z = (encode(vae, data) - vae.config.shift_factor) * vae.config.scaling_factor
     clip = transformers.CLIPModel.from_pretrained(args.out / "tiny-clip").to(args.device).eval()

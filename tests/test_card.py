@@ -1,0 +1,79 @@
+"""Tests: the rows of studies/card.py, in toy sizes on the CPU and on the pretended GPU.
+
+pytest -q tests/test_card.py
+"""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from studies import card
+from tests.fake_gpu import fake_gpu
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept():
+    """No test gets a CLIP from the pretended GPU that another has made."""
+    yield
+    card.make_clip.cache_clear()
+    card.train.load_clip.cache_clear()
+
+
+def run_main(monkeypatch, out, *flags):
+    """Run the command; return the rows that it wrote, by name."""
+    monkeypatch.setattr(sys, "argv", ["card.py", "--out", str(out), *flags])
+    card.main()
+    rows = json.loads((out / "card.json").read_text())["rows"]
+    return {row.pop("row"): row for row in rows}
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+# ---- architectures
+
+
+def test_architectures_have_the_published_numbers_of_weights():
+    with torch.device("meta"):
+        sd35, turbo = card.make_pipeline("sd3.5", False), card.make_pipeline("sd-turbo", False)
+        clip = card.make_clip(False, "meta", torch.bfloat16)
+    assert count(sd35.transformer) == pytest.approx(2.24e9, rel=0.005)
+    assert count(turbo.unet) == 865_910_724  # that of Stable Diffusion 2.1
+    assert count(sd35.vae) == pytest.approx(83.8e6, rel=0.005)
+    assert count(clip.model) == pytest.approx(986e6, rel=0.005)
+
+
+def test_sd35_takes_the_operations_of_its_layers():
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        network = card.make_pipeline("sd3.5", False).transformer
+        text, pooled = torch.randn(1, 333, 4096), torch.randn(1, 2048)
+        network(torch.randn(1, 16, 64, 64), text, pooled, torch.tensor([500]))
+
+    # a linear layer of d x d takes 2 d^2 a token: 12 of them in a block, 4 in a second attention;
+    # the last block has 3 for the text. An attention takes 4 d for each two tokens
+    d, image, text = 1536, 1024, 333
+    linear = 2 * d**2 * (image * (24 * 12 + 13 * 4) + text * (23 * 12 + 3))
+    attention = 4 * d * (24 * (image + text) ** 2 + 13 * image**2)
+    assert counter.get_total_flops() == pytest.approx(linear + attention, rel=0.005)
+
+
+# ---- rows
+
+
+@pytest.mark.parametrize("row", ["sd3.5 10 12", "sd-turbo 4 24 compiled", "sd3.5 40 6 published"])
+def test_a_row_is_measured_on_a_gpu(row, monkeypatch):
+    peaks = iter(range(1, 1000))  # GiB, rising from mark to mark
+    with fake_gpu():
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30 * next(peaks))
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+        cells = card.measure(row, True, "cuda")
+
+    phases = ["sampling", "decoding", "reward", "training"]
+    seconds = [cells[phase][0] for phase in phases]
+    assert min(seconds) > 0 and sum(seconds) == pytest.approx(cells["pair"][0])
+    assert cells["pair"][1] == cells["training"][1] == cells["sampling"][1] + 3
+    assert cells["TFLOP"] > 0
