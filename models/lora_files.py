@@ -130,6 +130,7 @@ def load_lora(flow, path):
             flow.pipe.load_lora_weights(str(path) if has_config else tensors)
         else:
             inject(flow.network, tensors, f"{flow.network_name}.")
+
         added = {name: p for name, p in flow.network.named_parameters() if id(p) not in base}
         if not added or count(added) != count(tensors) or any(p.is_meta for p in added.values()):
             raise ValueError("a part of it fits nowhere, or is missing")

@@ -102,6 +102,7 @@ def row(many, j, first, last):
         elif output is not None:
             has_rows = len(first[i]) == 1
             output = output[j : j + 1].cpu() if has_rows else output.cpu()
+
             if before is not None and torch.equal(before, output):
                 output = before
             elif before is not None and not has_rows:
@@ -120,6 +121,7 @@ def batched(rows, device):
     batch = []
     for outputs in zip(*rows):
         first = outputs[0]
+
         if isinstance(first, list):  # one tensor for each text, whatever its length
             batch.append([tensor.to(device) for output in outputs for tensor in output])
         elif first is None:
