@@ -37,10 +37,11 @@ from torch.nn.utils import parameters_to_vector
 def churned_step(x, v, t, s, churn=0.0, noise=torch.randn_like):
     """Take a step of the flow ODE from time t to s <= t, with fresh noise.
 
-    The noise level at time t is noise over image, t / (1 - t). The step goes too far, to r <= s,
-    where the level is that of s over 1 + churn; then noise is added, back to exactly the level of
-    s. So x_s is distributed as after a plain Euler step, which this is at churn = 0. The stochastic
-    sampler of Karras et al. 2022 (algorithm 2) adds noise first, and then steps.
+    The noise level at time t is noise over image, t / (1 - t). The step goes past s to r <= s,
+    where the level is that of s divided by 1 + churn; then noise is added, back to exactly the
+    level of s. Up to the error of the step, x_s has the same distribution for every churn;
+    churn = 0 is the plain Euler step. The stochastic sampler of Karras et al. 2022 (algorithm 2)
+    adds noise first, and then steps.
 
     x: [B, ...] at time t
     v: [B, ...], the velocity there
@@ -184,11 +185,11 @@ class Problem:
     """What is trained, on what reward, and how it is sampled.
 
     An estimator is a function (problem, noise eps [G, ...], cond [G, ...], generator, options).
-    From rewards alone it estimates dJ/dtheta, accumulates the negative into every parameter's
-    .grad, and returns how many images it sampled. `spsa` and `central_difference` estimate the
-    gradient itself; `fdfo` something that points in about the same direction, plus its pull to the
-    base model. An optimiser like Adam does not mind the scale. Under torchrun all processes call an
-    estimator alike; each does its share and gets the whole gradient.
+    From rewards alone it estimates dJ/dtheta, leaves the negative in the parameters' .grad, which
+    was empty, and returns how many images it sampled. `spsa` and `central_difference` estimate the
+    gradient itself; `fdfo` something that points in about the same direction, plus its pull to
+    where training began. An optimiser like Adam does not mind the scale. Under torchrun all
+    processes call an estimator alike; each does its share and gets the whole gradient.
     """
 
     velocity: Callable  # (x [B, ...], t a float or [B], cond [B, ...]) -> v [B, ...]
@@ -252,7 +253,8 @@ def slopes(problem, directions, h, eps, cond):
 
         plus, minus = problem.reward(x, c).to(directions).view(-1, 2, D).unbind(1)
         slopes_by_batch.append((plus - minus).T / (2 * h))
-    return torch.cat(slopes_by_batch, dim=1).nan_to_num()  # a reward that is NaN counts as no slope
+    found = torch.cat(slopes_by_batch, dim=1)
+    return found.nan_to_num(0, 0, 0)  # a reward that is not finite counts as no slope
 
 
 def central_difference(
@@ -261,10 +263,10 @@ def central_difference(
     """Estimate dJ/dtheta by central differences, one coordinate i of theta after another.
 
     g_i = (J(theta + h e_i) - J(theta - h e_i)) / 2h, with the unit vectors e_i. Exact up to O(h^2);
-    costs 2 G images for each coordinate. The other parameters get no gradient.
+    costs 2 G images for each coordinate. The other parameters get the gradient 0.
 
     h: step in each parameter
-    coordinates: parameters tried, drawn at random
+    coordinates: parameters tried, drawn at random; None: all
     """
     g = torch.zeros_like(parameters_to_vector(problem.lora.parameters))
     tried = torch.randperm(len(g), generator=generator, device=g.device)[:coordinates]
@@ -288,7 +290,7 @@ def spsa(problem, eps, cond, generator=None, h: float = 0.02, directions: int = 
     parameters there are.
 
     h: step in every parameter
-    directions: random directions, which share the groups
+    directions: random directions, each tried on its own part of the groups
     """
     if len(eps) % directions:
         raise ValueError(f"{len(eps)} groups cannot be dealt out evenly to {directions} directions")
@@ -322,8 +324,9 @@ def fdfo(
 ):
     """Finite Difference Flow Optimization: compare images sampled from the same noise.
 
-    From each noise K images are sampled with churn, its branches, which differ slightly. How the
-    rewards of two of them differ tells which way to move both (1 and 2 are branches, not times):
+    From each noise K images are sampled with churn, its branches. They differ slightly, since churn
+    stirs the starting noise and every step. How the rewards of two of them differ tells which way
+    to move both (1 and 2 are branches, not times):
 
         g = (R_1 - R_2) (x_1 - x_2) / mean((x_1 - x_2)^2)
 
@@ -331,20 +334,21 @@ def fdfo(
     regressed onto its current value minus g. The exact direction would need the Jacobian of the
     sampler: how x_0 responds to a nudge of v_t. It is taken for -dt times the identity, as if all
     later steps passed the nudge on unchanged. This *identity approximation* makes the estimate
-    biased, and so does that g is turned toward the directions in which branches differ. It works
-    because a nudge does move the image mostly along itself: on the toy of studies/toy.py the
-    estimate has a cosine near 0.9 with the exact gradient.
+    biased; it is also biased toward the directions in which branches differ. It works because a
+    nudge does move the image mostly along itself: on the toy of studies/toy.py the estimate has a
+    cosine near 0.9 with the exact gradient.
 
-    Since g holds for the whole group, one of its branches is trained. It is trained with fresh
-    noise, at x_t = (1 - t) x_0 + t noise, although g was measured on another path. A flow model's
-    velocity at x_t is the mean of noise - x_0 over all images x_0 that may lie behind x_t; if one
-    of them moves by g, its term moves by -g. The paper trains at the steps that led to the image
-    (fdfo_published in studies/baselines.py).
+    All branches of a group have the same g, so one of them is trained, which costs less. It is
+    trained with fresh noise, at x_t = (1 - t) x_0 + t noise, although g was measured on another
+    path. There flow matching would teach the velocity noise - x_0; if x_0 moves by g and the noise
+    stays, that moves by -g. (That x_t then moves, too, by (1 - t) g, is neglected.) The paper
+    trains at the steps that led to the image (fdfo_published in studies/baselines.py).
 
     branches: images sampled from each noise
     churn: strength of the fresh noise in every step, by which the branches differ
     train_steps: random times at which each group is trained
-    kl: weight of the pull to the base model, the mean squared difference of the velocities
+    kl: weight of the pull to the model that training began with, by the mean squared difference of
+        the velocities
     """
     if branches < 2 or churn <= 0:
         raise ValueError(
@@ -354,7 +358,8 @@ def fdfo(
     # 1. branch, 2. score, 3. difference: roll_out samples the images and computes g
     rolls = roll_out(problem, eps, cond, branches, churn, generator)
 
-    # in units of the mean absolute deviation, so that one learning rate suits any reward
+    # rewards in units of their mean absolute deviation from that of their group, over all groups:
+    # so one learning rate, and one kl, suits any reward
     total = sum(roll.spread.sum() for roll in rolls)
     sum_over_processes(total)
     unit = (total / len(eps)).clamp(min=1e-12)
@@ -364,6 +369,7 @@ def fdfo(
         for t in draw_times(problem.times, train_steps, roll.generators):
             x_t = noised(roll.x_0, t, normal(roll.generators, roll.x_0))
             v = problem.velocity(x_t, t, roll.cond)
+            # what counts of this loss is its gradient at v, which is 2 g / unit / v.numel()
             loss = F.mse_loss(v, v.detach() - roll.g / unit)
 
             if kl > 0:
@@ -375,7 +381,7 @@ def fdfo(
             weight = len(x_t) / (train_steps * len(eps))
             (weight * loss).backward()
 
-    # .grad is None where the image does not depend on a layer, as the last of a stream of text
+    # .grad is None for layers that the image does not depend on, such as the last ones for text
     sum_over_processes(*(p.grad for p in problem.lora.parameters if p.grad is not None))
     return branches * len(eps)
 
@@ -404,7 +410,7 @@ def roll_out(problem, eps, cond, branches, churn, generator=None):
         x = sample(problem.velocity, each_eps, each_cond, problem.times, churn, noise)
 
         # score them; where one reward is NaN all of the group become 0, so that its g is 0
-        R = problem.reward(x, each_cond).view(-1, branches)  # [G, K]
+        R = problem.reward(x, each_cond).to(x).view(-1, branches)  # [G, K]
         R = R.where(R.isfinite().all(1, keepdim=True), 0)
         spread = (R - R.mean(1, keepdim=True)).abs().mean(1)
 
@@ -417,7 +423,9 @@ def image_gradient(R, x):
     """Estimate dR/dx_0 as FDFO does: g [G, D], from rewards R [G, K] of images x [G, K, D].
 
     g = mean_k (R_k - mean R) (x_k - mean x) / mean square of (x_k - mean x), over K branches and,
-    in the mean square, D latent pixels. For K = 2 it is the formula in `fdfo`.
+    in the mean square, D latent pixels. For K = 2 it is the formula in `fdfo`. Divided by the sum
+    of squares it would be the gradient's projection on the branches' difference. A random direction
+    holds about 1/D of the gradient, and the mean in place of the sum makes up for that.
     """
     dR = R - R.mean(1, keepdim=True)
     dx = x - x.mean(1, keepdim=True)
@@ -455,4 +463,6 @@ def draw_times(times, n, generators):
     start = [torch.rand(1, generator=generator, device=device) for generator in generators]
     times = torch.tensor(times, device=device)
     points = times[0] * (1 - (torch.arange(n, device=device)[:, None] + torch.cat(start)) / n)
-    return times[torch.searchsorted(-times[1:-1], -points)]  # negative, since it wants rising ones
+    # how many of the inner times lie above each point; searchsorted wants rising numbers
+    index = torch.searchsorted(-times[1:-1], -points)
+    return times[index]

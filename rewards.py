@@ -6,8 +6,9 @@ images: float tensor [B, 3, H, W] in [0, 1]
 prompts: list of B strings
 R: [B] numbers, higher is better, no gradient needed
 
-Here are programs, CLIP, the aesthetic predictor, and `Reward("clip - 0.1*jpeg_size")`, which
-combines rewards. Those with needs of their own are in zoo/ and imported when they are named.
+Here are programs (computed without a model), CLIP, the aesthetic predictor, and
+`Reward("clip - 0.1*jpeg_size")`, which combines rewards. Those with needs of their own are in zoo/
+and imported when they are named.
 """
 
 import functools
@@ -48,7 +49,7 @@ def brightness(images, prompts):
 
 
 def sharpness(images, prompts):
-    """Return the variance of the Laplacian of the luma, in levels of 255 squared.
+    """Return the variance of the Laplacian of the luma, in squared grey levels (0 to 255).
 
     Pech-Pacheco et al. 2000.
     """
@@ -125,8 +126,9 @@ class Clip:
 
         size = config.size
         if "shortest_edge" in size:
-            scale = size["shortest_edge"] / min(height, width)
-            new_height, new_width = round(scale * height), round(scale * width)
+            shortest = min(height, width)
+            new_height = size["shortest_edge"] * height // shortest
+            new_width = size["shortest_edge"] * width // shortest
         else:
             new_height, new_width = size["height"], size["width"]
 
@@ -146,7 +148,7 @@ class Clip:
 
     def embed_images(self, images):
         """Return embeddings [B, D]; the last are kept, since `clip` and `aesthetic` share them."""
-        # no longer valid once the images are changed in place, or a graph is wanted
+        # what is kept is no longer valid once the images are changed in place, or a graph is wanted
         version = 0 if images.is_inference() else images._version
         state = (version, images.requires_grad and torch.is_grad_enabled())
 
@@ -196,7 +198,7 @@ class Aesthetic:
         else:
             path = downloaded("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
             weights = torch.load(path, map_location="cpu", weights_only=True)
-            # linear throughout; its dropouts, without effect here, hold the places of None
+            # linear throughout; None holds the place of a dropout, so that the weights' names match
             widths = [(768, 1024), None, (1024, 128), None, (128, 64), None, (64, 16), (16, 1)]
             layers = [nn.Linear(*width) if width else nn.Identity() for width in widths]
 
@@ -248,11 +250,13 @@ class Reward:
     spaces is quoted: "my files/mine.py":purple. Only what is named is loaded.
 
     expression: its text, as "clip - 0.1*jpeg_size"; UserError if it does not parse
-    tiny: a folder with tiny-clip and tiny-aesthetic, or None for the published models
+    tiny: a folder with tiny-clip and tiny-aesthetic (default: the bundled ones), or None for the
+        published models
     device: where models are loaded
 
-    `terms` maps the text of each term to its callable. A term may have two methods more:
-    open(run), called once the run's folder exists, and record(), a dict for every log entry.
+    `terms` maps the text of each term to its callable. A term may have two more methods:
+    open(run), called once the run's folder exists, and record(), a dict for every log entry; and
+    an attribute only_in_training, true if a person answers.
     """
 
     def __init__(self, expression, tiny=TINY, device="cpu"):

@@ -42,9 +42,10 @@ def parse_args():
     saved = {}
     if args.lora and Path(args.lora, "config.json").exists():
         config = read_config(args.lora)
-        saved = {key: config.get(key) for key in ("model", "steps", "guidance", "negative", "size")}
+        names = ("model", "steps", "guidance", "negative", "size")
+        saved = {name: config[name] for name in names if config.get(name) is not None}
         for key in ("guidance", "size"):
-            if getattr(args, key) not in (None, saved[key]):
+            if key in saved and getattr(args, key) not in (None, saved[key]):
                 warn(f"this LoRA was trained with --{key} {saved[key]}: images may suffer")
     model = find_model(args.model or saved.get("model") or "tiny")
     fill_defaults(args, vars(model) | saved)
@@ -68,8 +69,7 @@ def main():
 
     captions = [args.prompt[i] + (" | with LoRA" if args.compare else "") for i in cond.tolist()]
     columns = min(args.n, 8) if args.n > 1 else min(4, len(args.prompt))
-    save_picture(grid(torch.cat(pictures, dim=3), captions, columns), out)
-    print(args.out)
+    print(save_picture(grid(torch.cat(pictures, dim=3), captions, columns), out))
 
 
 if __name__ == "__main__":

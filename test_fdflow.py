@@ -342,6 +342,16 @@ def test_fdfo_drops_a_group_with_a_nan():
     assert estimated(problem, fdfo, eps, cond).norm() == 0
 
 
+@pytest.mark.parametrize("estimator", [spsa, central_difference])
+@pytest.mark.parametrize("lost", [torch.nan, torch.inf])
+def test_a_reward_that_is_not_finite_counts_as_no_slope(estimator, lost):
+    problem, (eps, cond) = small_problem(), draw(16)
+    problem.reward = lambda x, c: torch.where(x[:, 0] > x[:, 0].median(), lost, x[:, 1])
+    assert estimated(problem, estimator, eps, cond).norm() < 1e6
+    problem.reward = lambda x, c: torch.full_like(c, lost)
+    assert estimated(problem, estimator, eps, cond).norm() == 0
+
+
 def test_every_group_has_noise_of_its_own_in_whichever_batch():
     problem, (eps, cond) = small_problem(), draw(1)
     eps, cond = eps.repeat(6, 1), cond.repeat(6)  # six times the same group

@@ -40,7 +40,7 @@ WEIGHT_DECAY = 1e-4
 
 
 def find_estimator(name):
-    """The function of an estimator. UserError if there is none."""
+    """Return the function of an estimator. UserError if there is none."""
     if ".py:" in name:
         return load_function("estimator", name)
     if name not in ESTIMATORS:
@@ -50,7 +50,7 @@ def find_estimator(name):
 
 
 def optimizer_step(optimizer, parameters):
-    """Apply and clear the gradients, unless one is not finite; return their norm, or None."""
+    """Apply the gradients if all are finite, then clear them; return their norm, or None."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads).item()
     if math.isfinite(norm):
@@ -60,22 +60,25 @@ def optimizer_step(optimizer, parameters):
 
 
 def main():
-    # the command line, the run's folder, and what the rewards keep in it
+    # the command line, the processes, and the run's folder
     args, model, estimate = parse_training_args(__doc__, find_estimator, find_model, SUITS)
     args.watch = WATCHED if args.watch is None else args.watch
     start_processes(args)
     run = Run(args)
 
-    # the rewards; those of the tiny models where the model lies beside them
+    # the rewards; with the tiny CLIP and aesthetic predictor if they lie beside the model
     folder = Path(model.path).parent
     tiny = folder if (folder / "tiny-clip").is_dir() else None
     reward = Reward(args.reward, tiny, args.device)
     watched = [Reward(term, tiny, args.device) for term in split_expressions(args.watch)]
     clip_embed = load_clip(tiny, args.device).embed_images
 
-    # the model, with the text of the prompts that will be needed, as indices of all prompts
+    # prompts are known by their index: first those to train on, then those held out
     prompts, held_prompts = split_prompts(args.prompts)
-    chosen, mine = (len(prompts) + i for i in held_out_share(len(held_prompts)))
+    chosen, mine = held_out_share(len(held_prompts))  # measured; measured by this process
+    chosen, mine = len(prompts) + chosen, len(prompts) + mine
+
+    # the model, with the text of the prompts that this process needs: fdfo shares out its groups
     drawn = drawn_prompts(args, len(prompts), shared_out=args.estimator == "fdfo")
     flow = load_flow(model, args, prompts + held_prompts, [*drawn, *mine.tolist()])
 
@@ -83,9 +86,9 @@ def main():
     layers = layers_named(flow.network, args.layers)
     alpha, generator = model.scale * args.rank, seeded(args.seed, "lora")
     lora = make_lora(flow, layers, args.rank, alpha, generator, args.init_lora)
-    flow.scale_gradients(lora)
+    flow.scale_gradients(lora)  # in float16, where most would be too small a number
     if args.estimator == "central":
-        # Adam would move all of a block's coordinates alike, however steep
+        # Adam would move each coordinate that was tried about as far, however small its slope
         optimizer = torch.optim.SGD(lora.parameters, args.lr)
     else:
         fused = args.device.startswith("cuda") or None
@@ -108,6 +111,7 @@ def main():
     record = {"iteration": 0, "images": 0, "evaluations": 0} | base | held_out.counts()
     state = lora.parameters, optimizer, problem.memory
     run.start(record, pictures, held_out.prompts, *state)
+    flow.gradient_scale = problem.memory.get("gradient_scale", flow.gradient_scale)
 
     for iteration in run.iterations():
         started, last = time.time(), run.records[-1]
@@ -123,8 +127,11 @@ def main():
                 raise  # its author needs the traceback
             raise UserError(f"estimator {args.estimator}: {first_line(error)}") from error
 
-        # step
+        # step; in float16 a gradient may be too large a number
         norm = step()
+        if norm is None:
+            flow.gradient_scale = max(1.0, flow.gradient_scale / 2)
+            problem.memory["gradient_scale"] = flow.gradient_scale
         seconds = round(time.time() - started, 3)
 
         # measure the model now and then

@@ -26,6 +26,9 @@ from models.scheduler import OneStep
 from models.table import call_options, load_pipeline
 from models.text import batched, encode, run, shapes
 from support.errors import UserError, first_line
+from support.run import warn
+
+LARGER = 16384.0  # gradients in float16
 
 
 def load_flow(model, args, prompts, needed=None):
@@ -186,6 +189,9 @@ class Flow:
         t = self.times[0] * x.new_tensor([1, 0.5])
         apart, swapped = (self.velocity(x, times, cond) for times in (t, t.flip(0)))
 
+        if args.negative and not getattr(self.pipe, "do_classifier_free_guidance", True):
+            warn(f"--negative has no effect with --guidance {args.guidance}")
+
         self.takes_times = True
         try:
             v = self.velocity(x, t, cond)
@@ -214,7 +220,7 @@ class Flow:
         Most of them would be too small a number otherwise.
         """
         if self.dtype == torch.float16:
-            self.gradient_scale = 16384.0
+            self.gradient_scale = LARGER
             for p in lora.parameters:
                 p.register_hook(lambda grad: grad / self.gradient_scale)
 

@@ -38,7 +38,9 @@ def layers_named(network, which):
     if which == "all":
         return linears
 
-    ends = [LAYERS[which]] if which in LAYERS else [re.escape(end) for end in which.split(",")]
+    ends = [re.escape(end.strip()) for end in which.split(",")]
+    if which in LAYERS:
+        ends = [LAYERS[which]]
     patterns = [re.compile(rf"(.*\.)?({end})") for end in ends]
     for pattern in patterns:
         if not any(pattern.fullmatch(name) for name in linears):

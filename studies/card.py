@@ -77,7 +77,8 @@ def make_pipeline(name, toy, pooled=2048):
     pooled: width of the second embedding of a prompt, for SD3.5
     """
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(32,) * 4 if toy else (128, 256, 512, 512), layers_per_block=2,
+        block_out_channels=(32,) * 4 if toy else (128, 256, 512, 512),
+        layers_per_block=1 if toy else 2,
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
         latent_channels=16 if name == "sd3.5" else 4, shift_factor=0.0609,
     )  # fmt: skip
@@ -94,6 +95,7 @@ def make_pipeline(name, toy, pooled=2048):
     network = diffusers.UNet2DConditionModel(
         block_out_channels=(64,) * 4 if toy else (320, 640, 1280, 1280), cross_attention_dim=1024,
         attention_head_dim=2 if toy else (5, 10, 20, 20), use_linear_projection=True,
+        layers_per_block=1 if toy else 2,
     )  # fmt: skip
     with torch.device("cpu"):  # where it computes its times
         scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing="trailing", steps_offset=1)

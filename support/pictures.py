@@ -10,6 +10,8 @@ from tqdm import tqdm
 
 from support.errors import UserError, first_line
 
+Image.MAX_IMAGE_PIXELS = None  # grids are our own, however large
+
 
 def to_pil(image):
     """[3, H, W] in [0, 1] to a PIL image."""
@@ -45,10 +47,18 @@ def grid(images, captions, columns):
 
 
 def save_picture(picture, path, **options):
-    """Write a picture beside its place, then move it there."""
+    """Write a picture beside its place, then move it there; as PNG if it is too large for its kind.
+
+    Returns the path.
+    """
     part = path.with_name(path.name + ".part")
-    picture.save(part, Image.registered_extensions()[path.suffix.lower()], **options)
+    try:
+        picture.save(part, Image.registered_extensions()[path.suffix.lower()], **options)
+    except ValueError:  # WebP ends at 16,383 pixels
+        path = path.with_suffix(".png")
+        picture.save(part, "PNG")
     part.replace(path)
+    return path
 
 
 def check_writable(path):
@@ -68,7 +78,9 @@ def read_grids(folder):
     grids = []
     for path in sorted(Path(folder, "samples").glob("*.png")):
         try:
-            grids.append((int(path.stem), Image.open(path).convert("RGB")))
+            picture = Image.open(path).convert("RGB")
+            picture.thumbnail((4096, 4096))  # more would fill the memory, and WebP holds 16,383
+            grids.append((int(path.stem), picture))
         except (OSError, ValueError) as error:
             tqdm.write(f"{path} is damaged ({error}): left out of evolution.webp and report.png")
     return grids
@@ -85,7 +97,10 @@ def animate(folder, grids):
 
 def report(folder, grids, records, reward):
     """Draw report.png: the first and the last grid of a run, and the curves of its records."""
-    from matplotlib.figure import Figure  # which takes a second
+    import matplotlib  # which takes a second
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["text.parse_math"] = False  # a dollar in a reward is a dollar
 
     measured = [r for r in records if "change" in r]
     trained = [r for r in records if r.get("reward") is not None]

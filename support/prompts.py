@@ -16,7 +16,7 @@ def read_prompts(path):
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a text file of prompts: {first_line(error)}") from error
 
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise UserError(f"the prompt file {path} is empty; it needs one prompt a line")
     return prompts

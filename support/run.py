@@ -115,6 +115,7 @@ class Run:
         """Check that the command is that of the run which is to be resumed."""
         self.folder = Path(self.args.out, name)
         saved, given = read_config(self.folder), vars(self.args)
+        self.args.size = self.args.size or saved.get("size")  # which the model may have chosen
         for key in saved.keys() & given.keys() - set(MAY_CHANGE):
             same = saved[key] == given[key]
             if key == "model":  # which may have moved
@@ -160,6 +161,7 @@ class Run:
         self.parameters, self.optimizer, self.memory = parameters, optimizer, memory
         if self.args.resume:
             self.load_checkpoint()
+            self.compare_base(record)
 
         if self.first:
             self.write_config()  # all arguments are known by now
@@ -199,6 +201,13 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.memory.update(state["memory"])
         self.records = state["records"]
+
+    def compare_base(self, record):
+        """Warn if the base model has other rewards than when the run began."""
+        now, before = record["held_out"], self.records[0]["held_out"]
+        if None not in (now, before) and abs(now - before) > 0.1 * (record["held_out_se"] or 0):
+            was = f"the base model's reward is {now:.3f}, and was {before:.3f} when the run began"
+            warn(f"{was}: have the prompts, a reward or the model changed?")
 
     def iterations(self):
         """Count the iterations that are left, with a bar; Ctrl-C asks to stop after this one."""
@@ -258,6 +267,8 @@ class Run:
         text = ", ".join(f"{name} {v:.2f}" for name, v in shown.items() if v is not None)
         self.bar.set_postfix_str(text + spent(record))
 
+        if record["grad_norm"] is None:
+            warn("the gradient was not finite, so this iteration has changed nothing")
         if record["not_finite"]:
             total = sum(r.get("not_finite", 0) for r in self.records)
             warn(f"{total} rewards so far were no finite numbers; their groups were dropped")
@@ -286,7 +297,7 @@ class Run:
         print(
             f"held-out {self.args.reward} {gained}, {last['images']} images, {seconds:.0f} s"
             f"{spent(last)}; see {self.folder / 'report.png'} and try: "
-            f'python sample.py --lora {self.folder} --compare --prompt "red apple"'
+            f'python sample.py --lora "{self.folder}" --compare --prompt "red apple"'
         )
 
 

@@ -64,7 +64,12 @@ def test_sd35_takes_the_operations_of_its_layers():
 # ---- rows
 
 
-@pytest.mark.parametrize("row", ["sd3.5 10 12", "sd-turbo 4 24 compiled", "sd3.5 40 6 published"])
+IN_CI = ["sd-turbo 4 24 compiled", "sd3.5 40 6 published"]
+
+
+@pytest.mark.parametrize(
+    "row", ["sd3.5 10 12", *(pytest.param(row, marks=pytest.mark.ci) for row in IN_CI)]
+)
 def test_a_row_is_measured_on_a_gpu(row, monkeypatch):
     peaks = iter(range(1, 1000))  # GiB, rising from mark to mark
     with fake_gpu():

@@ -19,10 +19,12 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
+import models.flow
 import sample
 import train
 from support.errors import UserError, run_command
 from support.evaluation import mean_and_error, signs_of_hacking
+from support.pictures import animate, read_grids, save_picture
 from support.prompts import read_prompts
 from support.run import Run
 from tests.commands import ROOT, exit_code, last_line, metrics, run, start, state_of
@@ -80,10 +82,12 @@ def test_a_run_says_what_it_is_made_with_and_what_it_gained(whole):
     assert "train.py --reward colorfulness" in config["made_with"]["command"]
 
 
-def test_sample_compares_a_run_with_its_base(whole, tmp_path):
+def test_sample_compares_a_run_with_its_base(whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     args = ["--prompt", "red apple", "--prompt", "robot", "--n", 3, "--lora", whole[0]]
-    code, out, err = run("sample.py", *args, "--compare", "--out", "both.jpg", cwd=tmp_path)
-    assert code == 0 and out == "both.jpg\n", err
+    command = ["sample.py", *args, "--compare", "--out", "both.jpg"]
+    assert exit_code(sample.main, monkeypatch, *command) == 0
+    assert capsys.readouterr().out == "both.jpg\n"
     picture = Image.open(tmp_path / "both.jpg")
     # three columns of two images of 128 pixels, two rows
     assert picture.width > 3 * 256 and 2 * 128 < picture.height < 3 * 128
@@ -93,9 +97,12 @@ def test_sample_compares_a_run_with_its_base(whole, tmp_path):
 
 def test_drawing_otherwise_than_trained_is_said(whole, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    command = ["sample.py", "--prompt", "sun", "--n", 1, "--lora", whole[0], "--guidance", 4]
+    command = ["sample.py", "--prompt", "sun", "--n", 1, "--lora", whole[0], "--negative", "red"]
     assert exit_code(sample.main, monkeypatch, *command) == 0
-    assert "trained with --guidance 1" in capsys.readouterr().err
+    assert "--negative has no effect with --guidance 1" in capsys.readouterr().err
+    assert exit_code(sample.main, monkeypatch, *command, "--guidance", 4) == 0
+    said = capsys.readouterr().err
+    assert "trained with --guidance 1" in said and "no effect" not in said
 
 
 @pytest.mark.parametrize(
@@ -178,11 +185,45 @@ def test_a_resumed_run_may_go_on_for_longer_on_a_model_that_moved(whole, tmp_pat
     path.write_text(json.dumps(config | {"model": "/somewhere/else/tiny-sd3"}))
     monkeypatch.chdir(tmp_path)
     # what the bundled model sets by itself is given
-    given = "--churn 0.05 --train-steps 2 --kl 0.7 --layers modulation --guidance 1 --size 64"
+    given = "--churn 0.05 --train-steps 2 --kl 0.7 --layers modulation --guidance 1"
     command = ["train.py", *SHORT, *given.split(), "--model", tmp_path / "tiny-sd3", "--rank", 32]
     command += ["--rollout-steps", 2, "--iterations", 9, "--out", "elsewhere", "--resume"]
     assert exit_code(train.main, monkeypatch, *command) == 0
     assert metrics(tmp_path / "elsewhere" / "colorfulness")[-1]["images"] == 9 * 16
+
+
+def test_prompts_that_changed_are_noticed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("sun\nrobot")
+    small = "--reward brightness --watch brightness --prompts prompts.txt --pairs 2 --steps 2"
+    command = ["train.py", *small.split(), "--iterations"]
+    assert exit_code(train.main, monkeypatch, *command, 1) == 0
+    assert exit_code(train.main, monkeypatch, *command, 2, "--resume") == 0
+    assert "have the prompts" not in capsys.readouterr().err
+    (tmp_path / "prompts.txt").write_text("moon\nrobot")
+    assert exit_code(train.main, monkeypatch, *command, 3, "--resume") == 0
+    assert "have the prompts, a reward or the model changed?" in capsys.readouterr().err
+
+
+def test_gradients_too_large_for_float16_are_scaled_down(tmp_path, monkeypatch, capsys):
+    """A resumed run scales them as the run that was not interrupted."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("sun\nrobot")
+    small = "--reward brightness --watch brightness --prompts prompts.txt --pairs 2 --steps 2"
+    small += " --size 32 --rank 2 --layers last --lr 0.0004 --dtype float16"
+    command = ["train.py", *small.split(), "--iterations"]
+    monkeypatch.setattr(models.flow, "LARGER", 2.0**18)
+    assert exit_code(train.main, monkeypatch, *command, 7) == 0
+    whole = metrics(tmp_path / "runs" / "brightness")
+    norms = [record["grad_norm"] for record in whole[1:]]
+    assert norms[0] is None and norms[-1] > 0
+    assert "the gradient was not finite" in capsys.readouterr().err
+
+    for iterations in (2, 7):
+        again = ["--name", "again", *(["--resume"] if iterations == 7 else [])]
+        assert exit_code(train.main, monkeypatch, *command, iterations, *again) == 0
+    resumed = metrics(tmp_path / "runs" / "again")
+    assert [record["grad_norm"] for record in resumed[1:]] == norms
 
 
 def test_interrupted_run_saves_and_exits_130(tmp_path):
@@ -201,6 +242,7 @@ def test_interrupted_run_saves_and_exits_130(tmp_path):
 def arguments(**given):
     """What `Run` needs of the arguments of train.py."""
     usual = {"reward": "clip", "name": None, "resume": False, "device": "cpu", "model": "tiny"}
+    usual["size"] = None
     return argparse.Namespace(**usual | given)
 
 
@@ -362,11 +404,23 @@ def test_errors_are_over_prompts():
 
 def test_prompts_from_every_editor(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_bytes(b"\xef\xbb\xbfred apple\r\n\r\n  sun \r\n#1 fan\r\n")
-    assert read_prompts(path) == ["red apple", "sun", "#1 fan"]
+    path.write_bytes(b"\xef\xbb\xbfred apple\r\n\r\n  sun \r\n#1 fan\r\na\xe2\x80\xa8b\r\n")
+    assert read_prompts(path) == ["red apple", "sun", "#1 fan", "a\u2028b"]
     for name in ("prompts.csv", "prompts.jsonl"):
         with pytest.raises(UserError, match="prompts are a text file, one a line"):
             read_prompts(tmp_path / name)
+
+
+def test_pictures_too_large_for_their_kind_are_kept(tmp_path):
+    wide = Image.new("RGB", (20_000, 10))
+    assert save_picture(wide, tmp_path / "wide.webp") == tmp_path / "wide.png"
+    assert Image.open(tmp_path / "wide.png").size == (20_000, 10)
+
+    (tmp_path / "samples").mkdir()
+    wide.save(tmp_path / "samples" / "000000.png")
+    grids = read_grids(tmp_path)
+    animate(tmp_path, grids)
+    assert Image.open(tmp_path / "evolution.webp").width == 4096
 
 
 # ---- bad arguments

@@ -126,7 +126,14 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+def in_ci(setting):
+    """The parameter of a test that runs in .ci/run alone."""
+    return pytest.param(setting, marks=pytest.mark.ci)
+
+
+@pytest.mark.parametrize(
+    "setting", [in_ci(s) if "baselines" in SETTINGS[s] else s for s in SETTINGS]
+)
 def test_training_gives_the_numbers_of_the_cpu(run, setting):
     flags = ["--reward", "brightness", "--watch", "brightness", *SETTINGS[setting].split()]
     ours, theirs = (numbers(run(device, *flags)) for device in ("cuda", "cpu"))

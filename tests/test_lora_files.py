@@ -86,7 +86,7 @@ def test_layers_are_those_named():
     assert "single_transformer_blocks.0.attn.to_qkv_mlp_proj" in names("flux2-klein", "attention")
 
     chosen = [n for n in names("sd-turbo", "all") if n.endswith((".to_q", ".ff.net.2"))]
-    assert names("sd-turbo", "to_q,ff.net.2") == chosen
+    assert names("sd-turbo", "to_q, ff.net.2") == chosen
     for which in ("to_q,to_x", "", "norm1"):
         with pytest.raises(UserError, match="no such linear layer"):
             names("sd3", which)

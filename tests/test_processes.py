@@ -94,6 +94,7 @@ def trained(folder, launcher=()):
     return metrics(folder / "run"), out
 
 
+@pytest.mark.ci
 def test_torchrun_trains_as_one_process_does(tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     alone, said = trained(tmp_path / "alone")

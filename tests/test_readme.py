@@ -91,6 +91,7 @@ def test_reward_and_estimator_of_ones_own_train(tmp_path):
     assert "16 images" in said
 
 
+@pytest.mark.ci
 def test_plain_diffusers_draws_with_the_lora(tmp_path):
     (tmp_path / "tiny").symlink_to(ROOT / "tiny")
     (tmp_path / "prompts.txt").write_text("sun\nrobot")

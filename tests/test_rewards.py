@@ -108,7 +108,7 @@ def test_jpeg_size_is_that_of_the_file():
 
 
 @pytest.mark.parametrize("size", [{"shortest_edge": 224}, {"height": 64, "width": 64}])
-@pytest.mark.parametrize("shape", [(64, 64), (300, 300), (256, 320)])
+@pytest.mark.parametrize("shape", [(64, 64), (300, 300), (256, 320), (60, 79)])
 def test_preprocessing_is_that_of_transformers(size, shape):
     side = size.get("shortest_edge", 64)
     crop = {"crop_size": {"height": side, "width": side}, "do_center_crop": "shortest_edge" in size}
