@@ -346,7 +346,8 @@ def test_fdfo_drops_a_group_with_a_nan():
 @pytest.mark.parametrize("lost", [torch.nan, torch.inf])
 def test_a_reward_that_is_not_finite_counts_as_no_slope(estimator, lost):
     problem, (eps, cond) = small_problem(), draw(16)
-    problem.reward = lambda x, c: torch.where(x[:, 0] > x[:, 0].median(), lost, x[:, 1])
+    # lost for every third image, so for one side of many pairs
+    problem.reward = lambda x, c: torch.where(torch.arange(len(x)) % 3 == 0, lost, x[:, 1])
     assert estimated(problem, estimator, eps, cond).norm() < 1e6
     problem.reward = lambda x, c: torch.full_like(c, lost)
     assert estimated(problem, estimator, eps, cond).norm() == 0
