@@ -142,7 +142,7 @@ def make_flow(name, steps, batch, options, toy, device):
 def measure(row, toy, device):
     """Train on a micro-batch; return what a pair takes, (seconds, GiB) for each phase."""
     name, steps, batch, *options = row.split()
-    steps, batch = (2, 2) if toy else (int(steps), int(batch))
+    steps, batch = (2, 4) if toy else (int(steps), int(batch))
     model, flow = MODELS[name], make_flow(name, steps, batch, options, toy, device)
     clip = make_clip(toy, device, flow.dtype)
     lora = LoRA(flow.network, layers_named(flow.network, model.layers), 32, 64)

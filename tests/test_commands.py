@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 import models.flow
 import sample
 import train
+from support.arguments import fill_defaults
 from support.errors import UserError, run_command
 from support.evaluation import mean_and_error, signs_of_hacking
 from support.pictures import animate, read_grids, save_picture
@@ -421,6 +422,14 @@ def test_pictures_too_large_for_their_kind_are_kept(tmp_path):
     grids = read_grids(tmp_path)
     animate(tmp_path, grids)
     assert Image.open(tmp_path / "evolution.webp").width == 4096
+
+
+def test_roll_outs_take_no_more_steps_than_drawing():
+    for given, steps, rollout_steps in ((None, 4, 4), (None, 40, 10), (20, 4, 20)):
+        args = argparse.Namespace(model="tiny", device="cpu", dtype=None)
+        args.steps, args.rollout_steps = steps, given
+        fill_defaults(args, {"steps": 28, "rollout_steps": 10})
+        assert (args.steps, args.rollout_steps) == (steps, rollout_steps)
 
 
 # ---- bad arguments
