@@ -14,6 +14,15 @@ Two rows run whole commands. One trains SD3.5-medium from a folder, in which it 
 small text encoders of the bundled model, resumes, and samples with the LoRA. One trains the bundled
 model on the CPU and on the card.
 
+A machine with a card may have PyTorch 2.11 or newer and no network. Then fetch the other packages
+(50 MB) with a Python of the same version, here, and take the folder along:
+
+pip download -d wheels -c requirements.txt --no-deps --only-binary=:all: diffusers transformers \\
+    tokenizers safetensors huggingface_hub httpx2 httpcore2 truststore peft accelerate psutil \\
+    pillow requests urllib3 charset-normalizer importlib-metadata zipp matplotlib contourpy \\
+    cycler fonttools kiwisolver pyparsing python-dateutil six
+pip install --no-index --no-deps --upgrade wheels/*.whl && python -m studies.card    # there
+
 The rows that matter most come first. After each of them card.md and card.json are written; a row
 that fails says why, and the next one runs. What the commands print, and tracebacks, are in
 card.log.

@@ -62,6 +62,8 @@ def add_model_arguments(parser):
     add("--guidance", type=number(float, 0, 100), help="guidance scale; for most models 1 is none")
     add("--negative", help="a prompt that guidance leads away from")
     add("--size", type=size, help="in pixels: 512, or 768x512 (width first)")
+
+    # the machine
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the model")
     add("--batch", type=whole, help="images in one call of the network")
@@ -77,13 +79,19 @@ def add_training_arguments(parser):
     add("--watch", help="rewards that are measured, not trained, with commas")
     add("--prompts", metavar="FILE", help="one prompt a line, every tenth held out")
     add("--estimator", default="fdfo", help="fdfo, spsa, central or file.py:function")
+
+    # how long and how strongly
     add("--iterations", type=whole, help="roll-outs")
     add("--pairs", type=whole, help="groups in an iteration, each from its own noise")
     add("--rollout-steps", type=whole, help="sampling steps in training (default: 10 at most)")
     add("--lr", type=number(float, 0, 1), help="learning rate")
+
+    # the LoRA
     add("--rank", type=whole, help="of the LoRA")
     add("--layers", help="with a LoRA: attention, modulation, all, last, or ends of names")
     add("--init-lora", metavar="FILE", help="go on from the LoRA of a file or of a run's folder")
+
+    # the run
     add("--seed", type=number(int, 0, 10**6), default=0, help="of everything random")
     add("--eval-every", type=whole, default=20, help="iterations between evaluations")
     add("--name", help="of the run (default: made from the reward)")

@@ -116,6 +116,7 @@ class Run:
         self.folder = Path(self.args.out, name)
         saved, given = read_config(self.folder), vars(self.args)
         self.args.size = self.args.size or saved.get("size")  # which the model may have chosen
+
         for key in saved.keys() & given.keys() - set(MAY_CHANGE):
             same = saved[key] == given[key]
             if key == "model":  # which may have moved
@@ -244,6 +245,7 @@ class Run:
         state |= {"optimizer": self.optimizer.state_dict(), "records": self.records}
         file, path = io.BytesIO(), self.folder / "state.pt"
         torch.save(state, file)
+
         if path.exists():
             path.replace(self.folder / "state.previous.pt")
         write_whole(path, checksum(file.getvalue()).encode() + b"\n" + file.getvalue())
