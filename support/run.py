@@ -205,7 +205,7 @@ class Run:
 
     def compare_base(self, record):
         """Warn if the base model has other rewards than when the run began."""
-        now, before = record["held_out"], self.records[0]["held_out"]
+        now, before = record.get("held_out"), self.records[0].get("held_out")
         if None not in (now, before) and abs(now - before) > 0.1 * (record["held_out_se"] or 0):
             was = f"the base model's reward is {now:.3f}, and was {before:.3f} when the run began"
             warn(f"{was}: have the prompts, a reward or the model changed?")
