@@ -132,6 +132,7 @@ def kill_when(seen, process, timeout=120):
     process.communicate()
 
 
+@pytest.mark.ci
 def test_killed_and_resumed_gives_the_same_numbers(whole, tmp_path):
     folder = tmp_path / "runs" / "again"
     args = ["train.py", *SHORT, "--name", "again", "--iterations", 8]

@@ -132,7 +132,7 @@ def in_ci(setting):
 
 
 @pytest.mark.parametrize(
-    "setting", [in_ci(s) if "baselines" in SETTINGS[s] else s for s in SETTINGS]
+    "setting", [in_ci(s) if "estimator" in SETTINGS[s] else s for s in SETTINGS]
 )
 def test_training_gives_the_numbers_of_the_cpu(run, setting):
     flags = ["--reward", "brightness", "--watch", "brightness", *SETTINGS[setting].split()]
