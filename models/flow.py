@@ -98,14 +98,14 @@ class Flow:
     # ---- what stands in for the pipeline's own
 
     def prepare_latents(self, *positional, **named):
-        """The pipeline's own, with our latents, where there are some, in place of its noise."""
+        """Do what the pipeline's own does, with our latents, if any, in place of its noise."""
         prepared = self.prepare(*positional, **named)
         self.noise_drawn, *others = prepared if isinstance(prepared, tuple) else [prepared]
         x = self.noise_drawn if self.x is None else self.x
         return (x, *others) if others else x
 
     def encode_prompt(self, *positional, **named):
-        """What the pipeline's own returned for each prompt, put together for the batch."""
+        """Return what the pipeline's own returned for each prompt, put together for the batch."""
         texts = tuple(self.encode_arguments(*positional, **named).arguments["prompt"])
         if texts not in self.batches:
             self.batches[texts] = batched([self.outputs[text] for text in texts], self.device)
@@ -119,13 +119,13 @@ class Flow:
         return run(self.pipe, texts, self.options | options)
 
     def schedule(self, steps):
-        """The times [1, ..., 0] of the pipeline's own schedule."""
+        """Return the times [1, ..., 0] of the pipeline's own schedule."""
         self.scheduler.timesteps = None
         self.call([self.text], num_inference_steps=steps)
         return self.scheduler.times
 
     def noise(self, seeds):
-        """The pipeline's noise [N, ...], of image i from a torch.Generator with seeds[i]."""
+        """Draw the pipeline's noise [N, ...], for image i from a torch.Generator with seeds[i]."""
         drawn = []
         self.scheduler.offer_nothing()
         for i in range(0, len(seeds), 16):
@@ -135,7 +135,7 @@ class Flow:
         return self.scheduler.noise_scale * torch.cat(drawn)
 
     def decode(self, x):
-        """Latents to images [B, 3, H, W], float32 in [0, 1]; a few at a time, to save memory."""
+        """Decode latents to images [B, 3, H, W] in [0, 1]; a few at a time, to save memory."""
         images = []
         self.scheduler.offer_nothing()
         for part in x.to(self.vae.dtype).split(self.decoded_at_once):
@@ -143,7 +143,7 @@ class Flow:
         return torch.cat(images)
 
     def velocity(self, x, t, cond):
-        """v(x_t, t, cond) [B, ...], float32; t is a float, or [B], a time for each image."""
+        """Return v(x_t, t, cond) [B, ...], float32; t is a float, or [B], a time for each image."""
         if cond is not self.cond:  # a trajectory asks again and again for the same
             self.cond, self.batches = cond, {}
             self.texts = [self.prompts[i] for i in cond.tolist()]
@@ -165,7 +165,7 @@ class Flow:
         return v
 
     def one_velocity(self, x, t, texts):
-        """The velocity of one call of the pipeline."""
+        """Return the velocity, by one call of the pipeline."""
         t = t if torch.is_tensor(t) else x.new_full((1,), t)
         x = scaled_gradient(x, 1 / self.gradient_scale)
         self.scheduler.offer(x, t if self.takes_times else t[:1])
@@ -215,7 +215,7 @@ class Flow:
         args.size = args.size or made
 
     def scale_gradients(self, lora):
-        """In float16 let the network see gradients 16,384 times as large, and nothing else.
+        """Let the network, and nothing else, see gradients 16,384 times as large in float16.
 
         Most of them would be too small a number otherwise.
         """
@@ -226,7 +226,7 @@ class Flow:
 
     @torch.no_grad()
     def images(self, cond, seeds, batch=64, progress=False):
-        """The deterministic images [N, 3, H, W] of prompts cond [N] and noise seeds, on the CPU."""
+        """Sample images [N, 3, H, W], on the CPU, of prompts cond [N] and noise seeds, no churn."""
         images = []
         for i in tqdm(range(0, len(seeds), batch), "sampling", disable=not progress, leave=False):
             c = cond[i : i + batch]
@@ -236,7 +236,7 @@ class Flow:
 
 
 def scaled_gradient(x, factor):
-    """x itself, with its gradient multiplied by a factor."""
+    """Return x itself, with its gradient multiplied by a factor."""
     if factor != 1 and x.requires_grad:
         x = x.view_as(x)
         x.register_hook(lambda grad: grad * factor)

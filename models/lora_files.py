@@ -24,7 +24,7 @@ LAYERS = {  # what the name of a layer ends with, whatever the network
 
 
 def layers_named(network, which):
-    """The full names of the linear layers to put a LoRA around.
+    """Return the full names of the linear layers to put a LoRA around.
 
     which: "all" linear layers of the repeated blocks; "attention", those of attention in them;
     "last", the last eight value and output projections, for the estimators whose variance or cost
@@ -51,7 +51,7 @@ def layers_named(network, which):
 
 
 def repeated_blocks(network):
-    """(name, module) of the blocks of which a network has many."""
+    """Return [(name, module)] of the blocks of which a network has many."""
     kinds = network._repeated_blocks or network._no_split_modules
     kinds = [kind for kind in kinds if kind.endswith("Block")]
     return [(name, m) for name, m in network.named_modules() if type(m).__name__ in kinds]
@@ -67,7 +67,7 @@ def save_lora(lora, path, network_name):
 
 
 def find_file(path):
-    """The LoRA file of a path, which may be the folder of a run or of diffusers."""
+    """Return the LoRA file of a path, which may be the folder of a run or of diffusers."""
     path = Path(path)
     if path.is_dir():
         own = path / "lora.safetensors"
@@ -96,7 +96,7 @@ def make_lora(flow, layers, rank, alpha, generator, path=None):
 
 
 def read_own(path, network_name, layers, rank):
-    """The matrices A and B of each layer in turn, or None if a file has others."""
+    """Read the matrices A and B of each layer in turn; None if a file has others."""
     try:
         tensors, _ = read_tensors(path)
     except FileNotFoundError as error:
@@ -154,7 +154,7 @@ def inject(network, tensors, prefix):
 
 
 def read_tensors(path):
-    """The tensors of a LoRA file, with alpha / rank in B; and whether it has a configuration."""
+    """Read the tensors of a LoRA file, alpha / rank in B; and whether it has a configuration."""
     with safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         has_config = "lora_adapter_metadata" in (file.metadata() or {})
@@ -168,5 +168,5 @@ def read_tensors(path):
 
 
 def count(tensors):
-    """Numbers in all but the matrices A, of which split layers each get a copy."""
+    """Count the numbers in all matrices but A, of which split layers each get a copy."""
     return sum(t.numel() for name, t in tensors.items() if not re.search("lora_A|down", name))

@@ -69,7 +69,7 @@ MODELS = {
         variant="fp16",
     ),
     "pixart-sigma": Model("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", 20, "1024", 4.5),
-    # Apache 2.0; schnell, klein-4b and z-image-turbo are distilled
+    # Apache 2.0; schnell and z-image-turbo are distilled
     "flux-schnell": Model("black-forest-labs/FLUX.1-schnell", 4, "512", 1, churn=0.025, batch=8),
     "flux2-klein": Model("black-forest-labs/FLUX.2-klein-base-4B", 50, "512", 4, batch=8),
     "z-image": Model("Tongyi-MAI/Z-Image", 50, "512", 4, batch=8),
@@ -87,7 +87,7 @@ MODELS = {
 
 
 def find_model(name):
-    """The Model for an alias, a hub id or a local folder; UserError if it is none of them."""
+    """Return the Model for a name, a hub id, a folder or a file; UserError if it is neither."""
     named = MODELS | {model.path: model for model in MODELS.values()}
     if name in named:
         return named[name]
@@ -102,7 +102,7 @@ def find_model(name):
 
 @functools.cache
 def config_path(path):
-    """Where the configuration of a pipeline lies: for a single file of weights, its base model."""
+    """Find the configuration of a pipeline: for a single file of weights, its base model's."""
     if not Path(path).is_file():
         return path
     checkpoint = loaded(path, lambda: single_file_utils.load_single_file_checkpoint(path))
@@ -110,13 +110,13 @@ def config_path(path):
 
 
 def read_index(path):
-    """The index of a pipeline, from a folder or the hub; UserError if there is none."""
+    """Read the index of a pipeline, from a folder or the hub; UserError if there is none."""
     path = config_path(path)
     return loaded(path, lambda: dict(diffusers.DiffusionPipeline.load_config(path)))
 
 
 def pipeline_class(path):
-    """The class of a pipeline. UserError if it is not text to image with one network and a VAE."""
+    """Return a pipeline's class. UserError if it is not text to image by one network and a VAE."""
     name = read_index(path).get("_class_name")
     kind = getattr(diffusers, str(name), None)
     plain = hasattr(kind, "encode_prompt") and hasattr(kind, "prepare_latents")
@@ -135,18 +135,18 @@ def pipeline_class(path):
 
 
 def call_parameters(path):
-    """The parameters of a pipeline's call, {name: inspect.Parameter}."""
+    """Return the parameters of a pipeline's call, {name: inspect.Parameter}."""
     return inspect.signature(pipeline_class(path).__call__).parameters
 
 
 def guidance_argument(parameters):
-    """The argument that guides: `true_cfg_scale` where `guidance_scale` is off by default."""
+    """Name the argument that guides: `true_cfg_scale` where `guidance_scale` is off by default."""
     own = parameters.get("guidance_scale")
     return "true_cfg_scale" if own is None or own.default is None else "guidance_scale"
 
 
 def call_options(model, args):
-    """What every call of a model's pipeline gets, as far as its call has an argument for it.
+    """Return what every call of a model's pipeline gets, as far as it has an argument for it.
 
     UserError if it has none for something that was asked for.
     """
@@ -187,7 +187,7 @@ def load_pipeline(model, args, without):
 
 
 def network_config(path):
-    """The name of the network in a pipeline, and its configuration."""
+    """Return the name of the network in a pipeline, and its configuration."""
     index = read_index(path)
     name = "transformer" if "transformer" in index else "unet"
     kind, path = getattr(diffusers, index[name][1]), config_path(path)
@@ -195,7 +195,7 @@ def network_config(path):
 
 
 def loaded(path, load):
-    """What `load()` makes of a folder or a hub id; or a UserError that says what is wrong."""
+    """Call `load()` for a folder or a hub id; a failure becomes a UserError that says why."""
     try:
         return load()
     except Exception as error:  # whatever damage does

@@ -29,7 +29,7 @@ def run(pipe, texts, options):
 
 @torch.no_grad()
 def encode(model, args, texts):
-    """What encode_prompt returns for each text: {text: its outputs}; and the names of the encoders.
+    """Encode texts. Returns {text: outputs of encode_prompt}, and the names of the encoders.
 
     Outputs are as for a text alone, on the CPU: None, a tensor [1, ...], a list of one tensor, or a
     tensor that is the same for all texts. Only the text encoders are loaded, and they are gone when
@@ -89,7 +89,7 @@ def warn_of_cut_texts(pipe, texts, options):
 
 
 def row(many, j, first, last):
-    """The outputs of the j-th of many texts; what equals the last text's is kept once.
+    """Take the outputs of the j-th of many texts; what equals the last text's is kept once.
 
     first: the outputs for another text alone, which show what has a row for each text.
     UserError if there is something that differs from text to text without having rows.
@@ -112,7 +112,7 @@ def row(many, j, first, last):
 
 
 def shapes(outputs):
-    """The shapes of outputs, which must be equal for texts to stand in one batch."""
+    """Return the shapes of outputs, which must be equal for texts to stand in one batch."""
     return tuple(o.shape if isinstance(o, torch.Tensor) else type(o) for o in outputs)
 
 

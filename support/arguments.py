@@ -42,14 +42,14 @@ def number(kind, low, high=10**9):
 
 
 def size(text):
-    """An argparse type: the size of an image in pixels, a side or width x height."""
+    """Check the size of an image, a side or width x height in pixels; an argparse type."""
     if not re.fullmatch(r"[1-9]\d{1,3}(x[1-9]\d{1,3})?", text):
         raise argparse.ArgumentTypeError(f"{text} is not a size like 512 or 768x512")
     return text
 
 
 def model_path(text):
-    """An argparse type: a model; a folder or file by its whole path, to be found from elsewhere."""
+    """Return a model by its whole path if it is a folder or a file; an argparse type."""
     return str(Path(text).resolve()) if "/" in text and Path(text).exists() else text
 
 
@@ -151,7 +151,7 @@ def fill_defaults(args, defaults):
 
 
 def options_of(estimator):
-    """The options of an estimator, {name: inspect.Parameter}: its arguments after the first four.
+    """Return an estimator's options, its arguments after the first four: {name: Parameter}.
 
     UserError if it does not take those four, or an option has no default that can be written.
     """

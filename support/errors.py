@@ -12,13 +12,13 @@ class UserError(Exception):
 
 
 def first_line(error):
-    """The first line of an exception's message, of at most 300 characters."""
+    """Return the first line of an exception's message, at most 300 characters of it."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]
 
 
 def why_unreachable(path, error):
-    """Why a model of the hub did not come, and what to do."""
+    """Say why a model of the hub did not come, and what to do."""
     # diffusers says "not a valid model identifier" while it handles the error that tells
     for e in (error, error.__context__):
         if isinstance(e, GatedRepoError) or "gated repo" in str(e):

@@ -12,7 +12,7 @@ MATTERS = 0.1  # standard deviations between prompts from which on a change matt
 
 
 def mean_and_error(values, prompts):
-    """Mean of values [N], and its standard error over prompts [N]; None where there are too few.
+    """Return the mean of values [N], and its error over prompts [N]; None if there are too few.
 
     A prompt's images are not independent, so they are averaged first. What is not finite is left
     out.
@@ -28,7 +28,7 @@ def mean_and_error(values, prompts):
 
 
 def plus_minus(mean, error, sign="+"):
-    """A mean and its standard error as text, either of which may be None."""
+    """Write a mean and its standard error as text; either may be None."""
     if mean is None:
         return "unknown"
     return f"{mean:{sign}.2f}" if error is None else f"{mean:{sign}.2f} ± {error:.2f}"
@@ -45,7 +45,7 @@ class Counted:
         return self.velocity(x, t, cond)
 
     def pop_count(self):
-        """The evaluations of all processes since the last call."""
+        """Return the evaluations of all processes since the last call."""
         count, self.evaluations = self.evaluations, 0
         return sum_over_processes(count)
 
@@ -63,7 +63,7 @@ class Scorer:
         return self.reward.combine(values)
 
     def pop_record(self):
-        """What is to be logged of the rewards of all processes since the last call."""
+        """Return what is to be logged of all processes' rewards since the last call."""
         if not self.seen:
             raise UserError("the estimator did not ask for the reward of a single image")
         values, self.seen = gather_rows(self.seen), []
@@ -84,7 +84,7 @@ class Scorer:
 
 
 def held_out_share(count, most=128):
-    """Which of `count` held-out prompts are measured, and those of them that this process measures.
+    """Choose which of `count` held-out prompts are measured, and which of those here.
 
     Indices [P] and [p]. UserError if there are fewer than processes.
     """
@@ -157,6 +157,7 @@ class HeldOut:
         if self.scored:
             record["held_out"], record["held_out_se"] = mean_and_error(R, prompts)
             record["gain"], record["gain_se"] = mean_and_error(R - self.base[0], prompts)
+
         change = {name: v - self.base[1][name] for name, v in values.items()}
         for key, group in (("watched", values), ("change", change)):
             statistics = {name: mean_and_error(v, prompts) for name, v in group.items()}
@@ -175,7 +176,7 @@ class HeldOut:
         return gather_rows([{"image": shown}])["image"] / 255, record
 
     def measure(self, images, part):
-        """The scores of a part of the images of this process."""
+        """Score a part of the images of this process."""
         prompts = [self.flow.prompts[i] for i in self.cond[part].tolist()]
         drift = (images[part] - self.base_images[part]).square().mean((1, 2, 3))
         images = images[part].to(self.flow.device)
@@ -187,7 +188,7 @@ class HeldOut:
         return {"prompt": self.cond[part], "embedding": self.embed(images), "drift": drift} | scores
 
     def terms(self):
-        """All terms of the rewards, {name: callable}."""
+        """Return all terms of the rewards, {name: callable}."""
         rewards = [self.reward, *self.watched]
         return {name: term for reward in rewards for name, term in reward.terms.items()}
 
@@ -198,7 +199,7 @@ class HeldOut:
                 term.open(run)
 
     def counts(self):
-        """What terms have counted so far, as the requests to judges."""
+        """Return what terms have counted so far, such as requests to judges."""
         counts = {}
         for term in self.terms().values():
             if hasattr(term, "record"):
@@ -207,12 +208,12 @@ class HeldOut:
 
 
 def asks_a_person(reward):
-    """Whether a Reward has a term for which a person must be asked."""
+    """Say whether a Reward has a term for which a person must be asked."""
     return any(getattr(term, "only_in_training", False) for term in reward.terms.values())
 
 
 def signs_of_hacking(record, base):
-    """The watched names, none of them trained, that fell while the reward rose.
+    """Return the watched names, none of them trained, that fell while the reward rose.
 
     record, base: of a later evaluation, and of the base model. Fewer than two are no sign: one fall
     can be a matter of taste. A change counts if it is clear and matters.

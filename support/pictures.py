@@ -14,12 +14,12 @@ Image.MAX_IMAGE_PIXELS = None  # grids are our own, however large
 
 
 def to_pil(image):
-    """[3, H, W] in [0, 1] to a PIL image."""
+    """Turn [3, H, W] in [0, 1] into a PIL image."""
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def png(image):
-    """[3, H, W] in [0, 1] to a PNG file in base64."""
+    """Turn [3, H, W] in [0, 1] into a PNG file in base64."""
     file = io.BytesIO()
     to_pil(image).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
@@ -74,7 +74,7 @@ def check_writable(path):
 
 
 def read_grids(folder):
-    """The sample grids of a run, [(iteration, picture)]; a damaged one is left out."""
+    """Read the sample grids of a run, [(iteration, picture)]; a damaged one is left out."""
     grids = []
     for path in sorted(Path(folder, "samples").glob("*.png")):
         try:

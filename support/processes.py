@@ -34,5 +34,5 @@ def gather_rows(parts):
 
 
 def sum_over_processes(number):
-    """The sum of a whole number over all processes."""
+    """Return the sum of a whole number over all processes."""
     return int(gather_rows([{"number": torch.tensor([number])}])["number"].sum())

@@ -8,7 +8,7 @@ TINY = Path(__file__).resolve().parents[1] / "tiny"
 
 
 def read_prompts(path):
-    """The non-empty lines of a text file. UserError if there are none, or it is something else."""
+    """Read the non-empty lines of a text file. UserError if there are none, or it is no text."""
     if Path(path).suffix.lower() in (".csv", ".tsv", ".json", ".jsonl", ".parquet"):
         raise UserError(f"{path}: prompts are a text file, one a line; write their column to one")
     try:
@@ -23,7 +23,7 @@ def read_prompts(path):
 
 
 def split_prompts(path):
-    """Training and held-out prompts: those of a file, every tenth held out, or the bundled ones."""
+    """Return training and held-out prompts: of a file, a tenth held out, or the bundled ones."""
     if path is None:
         return read_prompts(TINY / "prompts_train.txt"), read_prompts(TINY / "prompts_test.txt")
 

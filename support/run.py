@@ -32,12 +32,12 @@ def write_whole(path, data):
 
 
 def checksum(data):
-    """SHA-256 of bytes, in hexadecimal digits."""
+    """Return the SHA-256 of bytes, in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def read_config(folder):
-    """The arguments that a run was started with, {name: value}. UserError if there are none."""
+    """Read the arguments that a run was started with. UserError if there are none."""
     path = Path(folder, "config.json")
     try:
         return dict(json.loads(path.read_text(encoding="utf-8-sig")))
@@ -46,7 +46,7 @@ def read_config(folder):
 
 
 def read_metrics(folder):
-    """The records of a run; a line that was cut short by a crash is passed over."""
+    """Read the records of a run; a line that was cut short by a crash is passed over."""
     records = []
     path = Path(folder, "metrics.jsonl")
     for line in path.read_bytes().splitlines() if path.exists() else []:
@@ -84,11 +84,11 @@ class Run:
             except OSError as error:
                 raise UserError(f"cannot write to {args.out}: {first_line(error)}") from error
 
-        # the others take the name that the first has found
-        names = [name]
+        # the others take the name, and the size of a resumed run, that the first has found
+        found = [name, args.size]
         if dist.is_initialized():
-            dist.broadcast_object_list(names)
-        args.name = names[0]
+            dist.broadcast_object_list(found)
+        args.name, args.size = found
         self.folder = Path(args.out, args.name)
 
     def make_folder(self, name):
@@ -251,7 +251,7 @@ class Run:
         write_whole(path, checksum(file.getvalue()).encode() + b"\n" + file.getvalue())
 
     def stop_requested(self):
-        """Whether Ctrl-C was pressed in any of the processes."""
+        """Say whether Ctrl-C was pressed in any of the processes."""
         return sum_over_processes(len(self.interrupted)) > 0
 
     def stop(self):
@@ -304,14 +304,14 @@ class Run:
 
 
 def spent(record):
-    """What was asked of judges, as text to be added; empty if there are none."""
+    """Say what was asked of judges, as text to be added; empty if there are none."""
     if "requests" not in record:
         return ""
     return f", {record['requests']:,} requests, {record['tokens']:,} tokens"
 
 
 def changes(record, names):
-    """The changes of some watched rewards as text."""
+    """Write the changes of some watched rewards as text."""
     parts = []
     for name in names:
         parts.append(f"{name} {plus_minus(record['change'][name], record['change_se'][name])}")
