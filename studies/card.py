@@ -56,6 +56,7 @@ from rewards import Clip
 from studies.baselines import fdfo_published
 from support.arguments import Parser, number
 from support.errors import UserError, first_line, run_command
+from support.pictures import make_folder
 from support.run import read_metrics, write_whole
 
 # ---- what is measured: a model, steps of a roll-out, images in one call of the network, options;
@@ -271,7 +272,7 @@ def main():
     end = time.time() + 60 * args.minutes
     if not args.smoke and not torch.cuda.is_available():
         raise UserError("there is no GPU here; --smoke shows whether it would run")
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     log = open(args.out / "card.log", "w")
 
     card = "toy sizes on the CPU" if args.smoke else torch.cuda.get_device_name()

@@ -19,8 +19,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from support.arguments import Parser, number
-from support.errors import UserError, first_line, run_command
-from support.pictures import check_writable
+from support.errors import UserError, run_command
+from support.pictures import check_writable, make_folder
 from support.run import read_metrics
 
 # ---- what is compared
@@ -252,10 +252,7 @@ def main():
     args = parser.parse_args()
 
     picture = Path(args.out, f"{args.study}.png")
-    try:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {args.out}: {first_line(error)}") from error
+    make_folder(args.out)
     check_writable(picture)
 
     # what is run, tuned on another seed

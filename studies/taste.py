@@ -23,7 +23,7 @@ from rewards import load_clip
 from support.arguments import Parser, add_model_arguments, fill_defaults, number
 from support.draws import seeded
 from support.errors import UserError, first_line, run_command
-from support.pictures import grid, save_picture
+from support.pictures import grid, make_folder, save_picture
 from support.prompts import split_prompts
 from support.run import read_config, warn, write_whole
 from zoo.human import Human, read_answers
@@ -269,7 +269,7 @@ def ask(args, flow, prompts, choices):
 def main():
     args, model = parse_args()
     # before the model is loaded, so that a folder that cannot be written is noticed
-    (args.folder / "preferences").mkdir(parents=True, exist_ok=True)
+    make_folder(args.folder / "preferences")
 
     model_folder = Path(model.path).parent
     tiny = model_folder if (model_folder / "tiny-clip").is_dir() else None

@@ -73,6 +73,14 @@ def check_writable(path):
         raise UserError(f"cannot write {path}: {first_line(error)}") from error
 
 
+def make_folder(path):
+    """Make a folder, if there is none. UserError if it cannot be made."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {first_line(error)}") from error
+
+
 def read_grids(folder):
     """Read the sample grids of a run, [(iteration, picture)]; a damaged one is left out."""
     grids = []

@@ -21,6 +21,9 @@ from safetensors.torch import load_file
 
 import models.flow
 import sample
+import studies.card
+import studies.compare
+import studies.taste
 import train
 from support.arguments import fill_defaults
 from support.errors import UserError, run_command
@@ -431,6 +434,15 @@ def test_roll_outs_take_no_more_steps_than_drawing():
         args.steps, args.rollout_steps = steps, given
         fill_defaults(args, {"steps": 28, "rollout_steps": 10})
         assert (args.steps, args.rollout_steps) == (steps, rollout_steps)
+
+
+@pytest.mark.parametrize("study", [studies.card, studies.compare, studies.taste])
+def test_a_study_that_cannot_write_says_so_before_the_work(study, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("in the way")
+    flags = ["--smoke"] if study is studies.card else []
+    flags += ["--name", "x"] if study is studies.taste else []
+    assert exit_code(study.main, monkeypatch, "study.py", *flags, "--out", tmp_path / "file") == 2
+    assert f"cannot write to {tmp_path / 'file'}" in last_line(capsys)
 
 
 # ---- bad arguments
