@@ -129,6 +129,9 @@ class Clip:
             shortest = min(height, width)
             new_height = size["shortest_edge"] * height // shortest
             new_width = size["shortest_edge"] * width // shortest
+        elif "longest_edge" in size:
+            scale = size["longest_edge"] / max(height, width)
+            new_height, new_width = round(scale * height), round(scale * width)
         else:
             new_height, new_width = size["height"], size["width"]
 
@@ -141,6 +144,10 @@ class Clip:
             height, width = config.crop_size["height"], config.crop_size["width"]
             top, left = (new_height - height) // 2, (new_width - width) // 2
             images = images[:, :, top : top + height, left : left + width]
+        if "longest_edge" in size:  # make it square, with black on both sides
+            across, down = size["longest_edge"] - new_width, size["longest_edge"] - new_height
+            sides = (across // 2, across - across // 2, down // 2, down - down // 2)
+            images = F.pad(images, sides)
 
         mean = images.new_tensor(config.image_mean).view(3, 1, 1)
         std = images.new_tensor(config.image_std).view(3, 1, 1)
@@ -214,7 +221,7 @@ class Aesthetic:
 # ---- expressions
 
 KNOWN = ", ".join(
-    ["aesthetic, clip, pickscore, vlm, judge, taste, ocr, human, URL, file.py:name", *PROGRAMS]
+    ["aesthetic, clip, pickscore, hps, vlm, judge, taste, ocr, human, URL, file.py:name", *PROGRAMS]
 )
 
 
@@ -230,8 +237,13 @@ def load_term(text, tiny, device):
             return Aesthetic(tiny, device)
         case ["clip"]:
             return load_clip(tiny, device)
+        case ["clip", path]:
+            path = path.strip('"')
+            return clip_from(path, path, device)
         case ["pickscore"]:
             return importlib.import_module("zoo.pickscore").load(clip_from, device)
+        case ["hps"]:
+            return importlib.import_module("zoo.hps").load(Clip, device)
         case ["taste", *options]:
             return importlib.import_module("zoo.taste").load(load_clip(tiny, device), *options)
         case [("vlm" | "ocr" | "judge") as name, *options]:

@@ -1,5 +1,6 @@
 """Prompts: files of them, and which are held out."""
 
+import json
 from pathlib import Path
 
 from support.errors import UserError, first_line
@@ -7,9 +8,20 @@ from support.errors import UserError, first_line
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 
 
+class Prompt(str):
+    """A prompt with questions about its image, to which the answer should be yes."""
+
+    questions = ()
+
+
 def read_prompts(path):
-    """Read the non-empty lines of a text file. UserError if there are none, or it is no text."""
-    if Path(path).suffix.lower() in (".csv", ".tsv", ".json", ".jsonl", ".parquet"):
+    """Read prompts from a text file, one a line, or from JSON lines, which may have questions.
+
+    Those are {"prompt": "a red cat", "questions": ["Is there a cat?", "Is the cat red?"]}.
+    UserError if there are none, or the file is something else.
+    """
+    kind = Path(path).suffix.lower()
+    if kind in (".csv", ".tsv", ".json", ".parquet"):
         raise UserError(f"{path}: prompts are a text file, one a line; write their column to one")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # some editors mark their files so
@@ -19,7 +31,21 @@ def read_prompts(path):
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise UserError(f"the prompt file {path} is empty; it needs one prompt a line")
+    if kind == ".jsonl":
+        return [read_json(path, number, line) for number, line in enumerate(prompts, 1)]
     return prompts
+
+
+def read_json(path, number, line):
+    """Return the Prompt of a line of JSON. UserError if it is none."""
+    try:
+        record = json.loads(line)
+        prompt = Prompt(record["prompt"].strip())
+        prompt.questions = [str(question) for question in record.get("questions", [])]
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        form = '{"prompt": "a cat", "questions": ["Is there a cat?"]}'
+        raise UserError(f"line {number} of {path} is not of the form {form}") from error
+    return prompt
 
 
 def split_prompts(path):

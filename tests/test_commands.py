@@ -411,7 +411,7 @@ def test_prompts_from_every_editor(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes(b"\xef\xbb\xbfred apple\r\n\r\n  sun \r\n#1 fan\r\na\xe2\x80\xa8b\r\n")
     assert read_prompts(path) == ["red apple", "sun", "#1 fan", "a\u2028b"]
-    for name in ("prompts.csv", "prompts.jsonl"):
+    for name in ("prompts.csv", "prompts.json"):
         with pytest.raises(UserError, match="prompts are a text file, one a line"):
             read_prompts(tmp_path / name)
 
@@ -471,6 +471,8 @@ BAD = {
     "--prompts missing.txt": "missing.txt is not a text file of prompts: [Errno 2] No such file",
     "--prompts empty.txt": "empty.txt is empty",
     "--prompts picture.bin": "picture.bin is not a text file",
+    "--prompts broken.jsonl": "line 2 of broken.jsonl is not of the form",
+    "--reward judge:x:questions": "'sun' has no questions: give --prompts FILE.jsonl",
     "--reward -jpeg_size": "--reward=-jpeg_size",
     "--iterations 0": "0 is not between 1 and",
     "--iter 5": "unrecognized arguments: --iter 5",
@@ -500,6 +502,7 @@ def files_of_a_user(tmp_path, monkeypatch):
         "broken.py": "def f(*args):\n    raise KeyError('no luck')\n",
         "empty.txt": "\n\n",
         "two.txt": "sun\nrobot\n",
+        "broken.jsonl": '{"prompt": "sun"}\n{"prompt": ["robot"]}\n',
         "own.py": "def lr(problem, eps, cond, generator, lr: float = 1.0):\n    return 0\n"
         "def two(problem, eps):\n    return 0\n"
         "def rest(problem, eps, cond, generator, *more):\n    return 0\n"
@@ -519,6 +522,7 @@ def files_of_a_user(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_arguments_end_in_one_line(flags, files_of_a_user, monkeypatch, capsys):
     few = [] if "--prompts" in flags else ["--prompts", "two.txt"]
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     command = ["train.py", *flags.split(" "), *few]
     assert exit_code(train.main, monkeypatch, *command) == 2
     line = last_line(capsys)

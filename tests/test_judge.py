@@ -30,6 +30,7 @@ from PIL import Image
 from rewards import Reward
 from support.errors import UserError
 from support.pictures import png, to_pil
+from support.prompts import Prompt
 from tests import test_rewards
 from tests.test_rewards import random_images, serve, tiny_tokenizer
 from zoo.jsonl import read_lines
@@ -84,6 +85,7 @@ class Service(BaseHTTPRequestHandler):
         image, question = body["messages"][0]["content"]
         url = image["image_url"]["url"]
         with server.lock:
+            server.body = body
             server.asked.append((mode, self.headers["Authorization"], question["text"], url))
             server.under_way += 1
             server.together = max(server.together, server.under_way)
@@ -122,6 +124,9 @@ class Service(BaseHTTPRequestHandler):
         token = {**max(top, key=lambda token: token["logprob"]), "token": said.split(" cannot")[0]}
         content = [{**token, "top_logprobs": top[: body.get("top_logprobs", 0)]}]
         logprobs = {"content": content} if body.get("logprobs") and mode != "silent" else None
+        if mode == "UnifiedReward":
+            scores = {"Alignment": 5 * p, "Coherence": 1, "Style": 3}
+            said = "\n".join(f"{axis} Score (1-5): {score}" for axis, score in scores.items())
         if body.get("temperature") == 1:
             with self.server.lock:
                 self.server.samples += 1
@@ -191,6 +196,30 @@ def test_names_may_have_colons_and_options_are_told_from_them(server):
             Reward(term)
     with pytest.raises(UserError, match="one question at most"):
         Reward('judge:m:"Is it red?":"Is it blue?"')
+
+
+def test_a_judge_is_asked_the_questions_of_each_prompt(server):
+    prompts = [Prompt("a"), Prompt("b")]
+    prompts[0].questions = ["Is it white?", "Is it grey?"]
+    prompts[1].questions = ["Is it white?"]
+    R = Reward("judge:mean:questions")(greys(0.2, 0.6), prompts)
+    assert R.tolist() == pytest.approx([20, 60], abs=0.01)
+    assert sorted(text for _, _, text, _ in server.asked) == [
+        "Is it grey? Answer Yes or No.",
+        "Is it white? Answer Yes or No.",
+        "Is it white? Answer Yes or No.",
+    ]
+    with pytest.raises(UserError, match="prompt 'c' has no questions"):
+        Reward("judge:mean:questions")(greys(0.2), ["c"])
+
+
+def test_unifiedreward_is_asked_in_its_own_words(server):
+    R = Reward("judge:unified")(greys(0.2, 0.6), ["a", "b"])
+    assert R.tolist() == pytest.approx([5 / 3, 7 / 3])
+    mode, _, text, _ = server.asked[0]
+    assert mode == "UnifiedReward" and text.endswith("Text Caption: [a]")
+    assert len(server.asked) == 2 and "logprobs" not in server.body
+    assert server.body["max_tokens"] > 100  # or the third score is cut off
 
 
 @pytest.mark.parametrize("mode", ["busy", "down-once", "half-json", "cut"])

@@ -28,10 +28,12 @@ from torch import nn
 import rewards
 from rewards import TINY, Aesthetic, Clip, Reward, load_function, split_expressions
 from support.errors import UserError
+from support.prompts import read_prompts
 from zoo.human import Human
 from zoo.jsonl import append_line, read_lines
 from zoo.loading import pretrained
 from zoo.ocr import Ocr, edit_distance
+from zoo.vlm import UNIFIED, unified_score
 
 
 def grey(level, n=2, size=64):
@@ -139,8 +141,9 @@ def clip_logits(images, prompts):
 def test_clip_score_and_pickscore_are_those_of_transformers(monkeypatch):
     images, prompts = random_images(3), ["red apple", "robot", "an unseen caption"]
     logits, scale = clip_logits(images, prompts)
-    R = Reward("clip")(images, prompts)
-    torch.testing.assert_close(R * scale / 100, logits, rtol=1e-4, atol=1e-4)
+    for term in ("clip", f"clip:{TINY}/tiny-clip"):
+        R = Reward(term)(images, prompts)
+        torch.testing.assert_close(R * scale / 100, logits, rtol=1e-4, atol=1e-4)
 
     # PickScore's card: scale x normalised text @ normalised image, which are the model's logits
     asked = []
@@ -275,6 +278,59 @@ def test_vlm_takes_a_question_of_ones_own(qwen):
     assert other != pytest.approx(R[1].item(), abs=1e-2)
 
 
+def test_vlm_asks_the_questions_of_each_prompt(qwen, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "a red cat", "questions": ["Is there a cat?", "Is it red?", "Is it big?"]}]
+    lines += [{"prompt": "sun", "questions": ["Is there a sun?"]}, {"prompt": "robot"}]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    prompts = read_prompts(file)
+    assert prompts == ["a red cat", "sun", "robot"]
+
+    images = random_images(3)
+    R = Reward(f"vlm:{qwen}:questions")(images[:2], prompts[:2])
+    alone = []
+    for question, image in zip(["Is there a cat?", "Is it red?", "Is it big?"], [images[:1]] * 3):
+        alone.append(Reward(f'vlm:{qwen}:"{question} Answer Yes or No."')(image, [""]))
+    assert torch.cat(alone).std() > 0.1
+    sun = Reward(f'vlm:{qwen}:"Is there a sun? Answer Yes or No."')(images[1:2], [""])
+    expected = torch.cat([torch.cat(alone).mean(0, keepdim=True), sun])
+    torch.testing.assert_close(R, expected, rtol=0, atol=1e-2)  # without padding, too
+
+    with pytest.raises(UserError, match="prompt 'robot' has no questions"):
+        Reward(f"vlm:{qwen}:questions")(images, prompts)
+
+
+def test_vlm_reads_what_unifiedreward_writes(qwen, monkeypatch):
+    images, prompts = random_images(2), ["sun", "a robot that waters tulips"]
+    (vlm,) = Reward(f"vlm:{qwen}:unified").terms.values()
+    questions = [UNIFIED.replace("{prompt}", prompt) for prompt in prompts]
+    written = vlm.written(images, questions)
+    assert vlm(images, prompts).isnan().all()  # a random model writes no scores
+
+    for image, question, text in zip(images, questions, written):
+        # one by one, so without padding; transformers has its own way to generate
+        vision = vlm.image_processor([to_pil(image)], return_tensors="pt")
+        tokens = vlm.tokenizer([vlm.text(question, 4)], return_tensors="pt")
+        inputs = {**tokens, **vision}
+        theirs = vlm.model.generate(**inputs, max_new_tokens=160, do_sample=False)[0]
+        theirs = theirs[tokens.input_ids.shape[1] :]
+        end = "<|im_end|>"
+        assert text.split(end)[0] == vlm.tokenizer.decode(theirs).split(end)[0]
+        assert len(text) > 20
+
+    # the example of its authors
+    answer = (
+        "\nAlignment Score (1-5): 2.694700002670288\nCoherence Score (1-5): 2.371500015258789\n"
+    )
+    answer += "Style Score (1-5): 2.802500009536743\n"
+    whole = {"Alignment": "4", "Coherence": "5", "Style": "3"}
+    other = "".join(f"{axis} Score (1-5): {score}\n" for axis, score in whole.items())
+    monkeypatch.setattr(vlm, "written", lambda images, questions: [answer, other])
+    expected = [(2.6947 + 2.3715 + 2.8025) / 3, 4]
+    assert vlm(images, prompts).tolist() == pytest.approx(expected, abs=1e-4)
+    assert math.isnan(unified_score(answer.replace("Style", "")))
+
+
 def test_models_that_cannot_be_had_are_named(qwen, tmp_path):
     (tmp_path / "two words").symlink_to(qwen)
     assert Reward(f'vlm:"{tmp_path}/two words"').terms
@@ -286,8 +342,12 @@ def test_models_that_cannot_be_had_are_named(qwen, tmp_path):
         ("clip", "cannot reach model openai/clip-vit-large-patch14"),
         ("vlm:7b", "cannot reach model Qwen/Qwen2.5-VL-7B-Instruct"),
         (f"vlm:{tmp_path}", f"{tmp_path} holds no AutoModelForImageTextToText"),
+        ("vlm:unified:7b", "cannot reach model CodeGoat24/UnifiedReward-2.0-qwen-7b"),
+        ("clip:some/clip", "cannot reach model some/clip"),
+        ("hps", "cannot reach model xswu/HPSv2"),
         ("vlm:3b:7b", "one model at most"),
         ('vlm:"Is it red?":"Is it blue?"', "one question at most"),
+        ("vlm:questions:unified", "one question at most"),
         ("ocr:fast", "takes no options"),
     ):
         with pytest.raises(UserError, match=complaint) as error:
@@ -596,7 +656,7 @@ def test_commas_separate_expressions_but_not_in_quotes():
         ("brightness 2", "column 12"),
         ("clip – 0.1*jpeg_size", "column 6"),  # a dash, as web pages have it
         ("nonsense", "known: aesthetic, clip"),
-        ("clip:3", "known: aesthetic, clip"),
+        ("jpeg_size:3", "known: aesthetic, clip"),
         ("2 * 3", "names no reward"),
         ("brightness ** 2", "column 1 of"),
         ("brightness / 2", "column 1 of"),

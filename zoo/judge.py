@@ -24,7 +24,7 @@ from support.processes import processes, sum_over_processes
 from support.run import warn
 from zoo.http import Http
 from zoo.jsonl import append_line, read_lines
-from zoo.vlm import MATCH, names_and_question
+from zoo.vlm import MATCH, UNIFIED, names_and_question, questions_about, unified_score
 
 SCALE = re.compile(r"\b(?:from|of|between) (\d{1,3}) ?(?:to|and|-) ?(\d{1,3})\b", re.IGNORECASE)
 NUMBER = re.compile("[xn][1-9][0-9]{0,2}")
@@ -44,6 +44,7 @@ class Judge(Http):
     A question with bounds, as "from 1 to 10", asks for a rating. {prompt} in it stands for the
     image's prompt. Both values are expectations over the likeliest tokens. A service that gives no
     logprobs is asked several times, and the mean counts. An answer that is neither counts as NaN.
+    With QUESTIONS or UNIFIED, of zoo/vlm.py, it asks those of each prompt, or for three scores.
 
     at: how many questions are asked at a time
     samples: answers to a question where there are no logprobs; by default 5, or 1 for a rating
@@ -75,11 +76,15 @@ class Judge(Http):
         scale = SCALE.search(question)
         self.bounds = sorted(map(int, scale.groups())) if scale else None
         self.at = at
-        self.samples = samples or (1 if self.bounds else 5)
+        if question == UNIFIED:
+            self.bounds = None
+        self.samples = samples or (1 if scale else 5)
         self.answers = Answers()
 
         # taken out one by one if the service refuses them
         self.options = {"max_tokens": 16, "temperature": 0, "logprobs": True, "top_logprobs": 20}
+        if question == UNIFIED:
+            self.options = {"max_tokens": 160, "temperature": 0}
         self.reached = False
         self.warned = False
 
@@ -92,20 +97,23 @@ class Judge(Http):
         return self.answers.record()
 
     def __call__(self, images, prompts):
-        keys, questions = [], {}
+        keys, bodies = [], {}  # keys of the questions about each image
         for image, prompt in zip(images, prompts):
             picture = {"url": f"data:image/png;base64,{png(image)}"}
-            text = self.question.replace("{prompt}", prompt)
-            content = [{"type": "image_url", "image_url": picture}, {"type": "text", "text": text}]
-            body = {"model": self.model, "messages": [{"role": "user", "content": content}]}
+            keys.append([])
+            for text in questions_about(prompt, self.question):
+                content = [{"type": "image_url", "image_url": picture}]
+                content.append({"type": "text", "text": text})
+                body = {"model": self.model, "messages": [{"role": "user", "content": content}]}
 
-            key = hashlib.sha256(json.dumps(body).encode()).hexdigest()[:16]
-            keys.append(key)
-            if key not in self.answers.values:
-                questions[key] = body
+                key = hashlib.sha256(json.dumps(body).encode()).hexdigest()[:16]
+                keys[-1].append(key)
+                if key not in self.answers.values:
+                    bodies[key] = body
 
-        self.answer_all(list(questions.items()))
-        return torch.tensor([self.answers.values[key] for key in keys])
+        self.answer_all(list(bodies.items()))
+        values = [torch.tensor([self.answers.values[key] for key in some]) for some in keys]
+        return torch.stack([some.nanmean() for some in values])
 
     def answer_all(self, questions):
         """Find the value of each question (key, body), `at` of them at a time.
@@ -147,7 +155,9 @@ class Judge(Http):
 
     def value(self, said, tokens):
         """Return the value of one answer, NaN if it is of no use."""
-        if self.bounds:
+        if self.question == UNIFIED:
+            value = unified_score(said)
+        elif self.bounds:
             value = rating(said, tokens, *self.bounds)
         else:
             value = percent_yes(said, tokens)
@@ -314,12 +324,15 @@ def rating(text, tokens, low, high):
 def load(device, *options):
     """Return the Judge of the options in a term `judge:...`.
 
-    They are a model, whose name may have colons, a question in quotes, x32 for 32 questions at a
+    They are a model, whose name may have colons, a question in quotes, `questions` or `unified` (by
+    default of the model "UnifiedReward", as its card has it served), x32 for 32 questions at a
     time, n9 for nine samples where the service gives no logprobs.
     """
     counts = {option[0]: int(option[1:]) for option in options if NUMBER.fullmatch(option)}
     others = [option for option in options if not NUMBER.fullmatch(option)]
     names, question = names_and_question("judge", others)
+    if question == UNIFIED and not names:
+        names = ["UnifiedReward"]
     if not names:
         raise UserError(f"reward judge:{':'.join(options)} must name a model")
     return Judge(":".join(names), question, counts.get("x", 16), counts.get("n"))

@@ -1,0 +1,107 @@
+"""The reward hps against OpenCLIP itself, on a small random model.
+
+pip install --no-deps --target openclip open_clip_torch torchvision ftfy wcwidth
+PYTHONPATH=openclip pytest -q -n 0 tests/openclip.py
+"""
+
+import gzip
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+# kernels that are not in a torch for CPUs; the transforms need none
+sys.modules["torchvision._meta_registrations"] = ModuleType("no kernels")
+import open_clip  # noqa: E402
+
+from rewards import Reward  # noqa: E402
+from zoo import hps  # noqa: E402
+
+SIDE = 32
+
+
+def clip_tokenizer():
+    """Make transformers' tokenizer of CLIP from the vocabulary that OpenCLIP brings."""
+    path = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+    lines = gzip.decompress(path.read_bytes()).decode().split("\n")
+    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
+
+    tokens = open_clip.tokenizer.bytes_to_unicode().values()
+    tokens = [*tokens, *(f"{token}</w>" for token in tokens), *("".join(pair) for pair in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return transformers.CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges)
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """An OpenCLIP model whose weights `hps` finds as if they were its own."""
+    torch.manual_seed(0)
+    vision = {"layers": 2, "width": 64, "patch_size": 8, "image_size": SIDE, "head_width": 32}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3}
+    model = open_clip.CLIP(48, vision, text, output_dict=True).eval()
+    for p in model.parameters():  # biases are zero at first
+        p.data += 0.05 * torch.randn(p.shape)
+    state = model.state_dict() | {"attn_mask": torch.zeros(77, 77)}  # as the published file has
+    torch.save({"state_dict": state}, tmp_path / "HPS_v2.1_compressed.pt")
+
+    config = transformers.CLIPConfig(
+        projection_dim=48,
+        vision_config={
+            **{"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 256},
+            **{"patch_size": 8, "image_size": SIDE, "num_attention_heads": 2},
+            **{"hidden_act": "gelu", "projection_dim": 48},
+        },
+        text_config={
+            **{"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 128},
+            **{"num_attention_heads": 2, "hidden_act": "gelu", "projection_dim": 48},
+            **{"eos_token_id": 49407, "bos_token_id": 49406},
+        },
+    )
+    parts = {
+        transformers.CLIPConfig: config,
+        transformers.CLIPTokenizer: clip_tokenizer(),
+        transformers.CLIPImageProcessor: transformers.CLIPImageProcessor(),
+    }
+    monkeypatch.setattr(hps, "downloaded", lambda hub_id, file: tmp_path / file)
+    monkeypatch.setattr(hps, "pretrained", lambda kind, path: parts[kind])
+    return model
+
+
+def to_pil(image):
+    return Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy())
+
+
+def published(model, image, prompt):
+    """What HPSv2's own code computes: cosine of features, times 100."""
+    transform = open_clip.image_transform(SIDE, is_train=False, resize_mode="longest")
+    text = open_clip.get_tokenizer("ViT-H-14")([prompt])
+    with torch.no_grad():
+        features = model(transform(to_pil(image))[None], text)
+    return 100 * (features["image_features"] * features["text_features"]).sum()
+
+
+PROMPTS = ["Red apple", "a robot, that waters 3 tulips!", "  Ein schöner   Tag "]
+
+
+@pytest.mark.parametrize("height, width", [(SIDE, SIDE), (20, SIDE), (SIDE, 14)])
+def test_hps_is_openclip(model, height, width):
+    # whole levels, at a size that is not resized: nothing is rounded
+    images = torch.randint(256, (3, 3, height, width)) / 255
+    R = Reward("hps")(images, PROMPTS)
+    theirs = torch.stack([published(model, *pair) for pair in zip(images, PROMPTS)])
+    assert theirs.std() > 1
+    torch.testing.assert_close(R, theirs, rtol=1e-5, atol=1e-4)  # of 100 x the cosine
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (60, 48), (24, 40)])
+def test_images_of_other_sizes_are_resized_alike(model, height, width):
+    noise = torch.rand(1, 3, 6, 6)
+    images = torch.nn.functional.interpolate(noise, (height, width), mode="bicubic").clamp(0, 1)
+    images = (images * 255).round() / 255
+    R = Reward("hps")(images, PROMPTS[:1])
+    # PIL rounds to whole levels after each of its two passes
+    assert R.item() == pytest.approx(published(model, images[0], PROMPTS[0]).item(), abs=0.1)
