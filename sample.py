@@ -10,11 +10,16 @@ import torch
 from models.flow import load_flow
 from models.lora_files import load_lora
 from models.table import find_model
-from support.arguments import Parser, add_model_arguments, fill_defaults, number
+from support.arguments import (
+    Parser,
+    add_lora_argument,
+    add_model_arguments,
+    find_model_of,
+    number,
+)
 from support.errors import run_command
 from support.pictures import check_writable, grid, save_picture
 from support.prompts import read_prompts
-from support.run import read_config, warn
 
 
 def parse_args():
@@ -25,7 +30,7 @@ def parse_args():
     add("--prompts", metavar="FILE", help="a text file with one prompt a line")
     add("--n", type=number(int, 1), default=4, help="images of each prompt")
     add("--seed", type=number(int, 0), default=0, help="image i has noise seed + i")
-    add("--lora", help="a run folder, which also sets model, steps, guidance and size; or a file")
+    add_lora_argument(parser)
     add("--out", default="sample.png", help="the picture to write")
     add("--compare", action="store_true", help="base model | with LoRA, for the same noise")
     add_model_arguments(parser)
@@ -38,18 +43,7 @@ def parse_args():
     if args.compare and not args.lora:
         parser.error("--compare needs --lora")
 
-    # what a run was trained with comes before what suits the model
-    saved = {}
-    if args.lora and Path(args.lora, "config.json").exists():
-        config = read_config(args.lora)
-        names = ("model", "steps", "guidance", "negative", "size")
-        saved = {name: config[name] for name in names if config.get(name) is not None}
-        for key in ("guidance", "size"):
-            if key in saved and getattr(args, key) not in (None, saved[key]):
-                warn(f"this LoRA was trained with --{key} {saved[key]}: images may suffer")
-    model = find_model(args.model or saved.get("model") or "tiny")
-    fill_defaults(args, vars(model) | saved)
-    return args, model
+    return args, find_model_of(args, find_model)
 
 
 def main():

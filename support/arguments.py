@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from support.errors import UserError, first_line
+from support.run import read_config, warn
 
 
 class Parser(argparse.ArgumentParser):
@@ -125,6 +126,30 @@ def parse_training_args(doc, find_estimator, find_model, suits):
     order = [own, vars(model)] if name == "fdfo" else [vars(model), own]
     fill_defaults(args, order[0] | order[1] | suits.get(name, {}))
     return args, model, partial(estimate, **{option: getattr(args, option) for option in options})
+
+
+def add_lora_argument(parser):
+    """Add the flag of a LoRA to draw with."""
+    text = "a run folder, which also sets model, steps, guidance and size; or a file"
+    parser.add_argument("--lora", help=text)
+
+
+def find_model_of(args, find_model):
+    """Return the Model of a command that may draw with a LoRA, and fill in what was not given.
+
+    What a run was trained with comes before what suits the model.
+    """
+    saved = {}
+    if args.lora and Path(args.lora, "config.json").exists():
+        config = read_config(args.lora)
+        names = ("model", "steps", "guidance", "negative", "size")
+        saved = {name: config[name] for name in names if config.get(name) is not None}
+        for key in ("guidance", "size"):
+            if key in saved and getattr(args, key) not in (None, saved[key]):
+                warn(f"this LoRA was trained with --{key} {saved[key]}: images may suffer")
+    model = find_model(args.model or saved.get("model") or "tiny")
+    fill_defaults(args, vars(model) | saved)
+    return model
 
 
 def fill_defaults(args, defaults):

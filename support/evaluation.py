@@ -27,11 +27,12 @@ def mean_and_error(values, prompts):
     return values.mean().item(), error
 
 
-def plus_minus(mean, error, sign="+"):
+def plus_minus(mean, error, sign="+", digits=2):
     """Write a mean and its standard error as text; either may be None."""
     if mean is None:
         return "unknown"
-    return f"{mean:{sign}.2f}" if error is None else f"{mean:{sign}.2f} ± {error:.2f}"
+    text = f"{mean:{sign}.{digits}f}"
+    return text if error is None else f"{text} ± {error:.{digits}f}"
 
 
 class Counted:
@@ -148,8 +149,7 @@ class HeldOut:
         values = gather_rows(parts)
         prompts, embeddings = values.pop("prompt"), values.pop("embedding")
         record = {"drift": values.pop("drift").mean().sqrt().item()}
-        first, second = embeddings.unflatten(0, (-1, 2)).unbind(1)
-        values["diversity"] = (1 - (first * second).sum(1)).repeat_interleave(2)
+        values["diversity"] = diversity(embeddings.unflatten(0, (-1, 2))).repeat_interleave(2)
 
         # the trained reward, and all else, against the base model
         R = self.reward.combine(values) if self.scored else None
@@ -205,6 +205,13 @@ class HeldOut:
             if hasattr(term, "record"):
                 counts |= term.record()
         return counts
+
+
+def diversity(embeddings):
+    """Return the mean cosine distance [P] between the images of each prompt, from [P, n, D]."""
+    n = embeddings.shape[1]
+    cosines = embeddings @ embeddings.mT
+    return (n * n - cosines.sum((1, 2))) / (n * (n - 1))
 
 
 def asks_a_person(reward):
