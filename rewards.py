@@ -29,9 +29,10 @@ from torch import nn
 from support.errors import UserError, first_line
 from support.run import warn
 from zoo.grammar import FILE, OPTION, Formula, split_expressions  # noqa: F401
-from zoo.loading import downloaded, load_function, pretrained
+from zoo.loading import downloaded, large_model_dtype, load_function, pretrained
 
 TINY = Path(__file__).resolve().parent / "tiny"
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 PATIENCE = 60  # seconds until a line says which reward is being waited for
 
 
@@ -221,7 +222,10 @@ class Aesthetic:
 # ---- expressions
 
 KNOWN = ", ".join(
-    ["aesthetic, clip, pickscore, hps, vlm, judge, taste, ocr, human, URL, file.py:name", *PROGRAMS]
+    [
+        "aesthetic, clip, clip_h, pickscore, hps, vlm, judge, taste, ocr, human, URL, file.py:name",
+        *PROGRAMS,
+    ]
 )
 
 
@@ -240,6 +244,9 @@ def load_term(text, tiny, device):
         case ["clip", path]:
             path = path.strip('"')
             return clip_from(path, path, device)
+        case ["clip_h"]:  # to watch: another CLIP, which nothing here is trained on
+            path = Path(tiny, "tiny-clip-h") if tiny else CLIP_H
+            return clip_from(path, path, device, dtype=large_model_dtype(device))
         case ["pickscore"]:
             return importlib.import_module("zoo.pickscore").load(clip_from, device)
         case ["hps"]:

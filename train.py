@@ -60,15 +60,18 @@ def optimizer_step(optimizer, parameters):
 
 
 def main():
-    # the command line, the processes, and the run's folder
+    # the command line, and the processes
     args, model, estimate = parse_training_args(__doc__, find_estimator, find_model, SUITS)
-    args.watch = WATCHED if args.watch is None else args.watch
     start_processes(args)
-    run = Run(args)
 
-    # the rewards; with the tiny CLIP and aesthetic predictor if they lie beside the model
+    # the tiny CLIPs and aesthetic predictor are used if they lie beside the model
     folder = Path(model.path).parent
     tiny = folder if (folder / "tiny-clip").is_dir() else None
+    if args.watch is None:
+        args.watch = WATCHED + (",clip_h" if tiny else "")
+
+    # the run's folder, and the rewards
+    run = Run(args)
     reward = Reward(args.reward, tiny, args.device)
     watched = [Reward(term, tiny, args.device) for term in split_expressions(args.watch)]
     clip_embed = load_clip(tiny, args.device).embed_images

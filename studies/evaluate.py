@@ -82,28 +82,30 @@ def key_of(args, prompts, names):
     file = find_file(args.lora)
     if not file.exists():
         raise UserError(f"no LoRA at {file}")
+
+    weights = hashlib.sha256(file.read_bytes()).hexdigest()
     config = [args.model, args.dtype, args.steps, args.guidance, args.size, args.negative]
-    config += [
-        args.seed,
-        args.images,
-        prompts,
-        names,
-        hashlib.sha256(file.read_bytes()).hexdigest(),
-    ]
+    config += [args.seed, args.images, prompts, names, weights]
     return hashlib.sha256(json.dumps(config).encode()).hexdigest()[:16]
 
 
 @torch.no_grad()
 def measure(flow, cond, args, rewards, embed):
     """Draw and score the images of some prompts cond [P]; return the values of each prompt."""
-    n = args.images
+    n, batch = args.images, args.batch
     seeds = [args.seed + n * i + k for i in cond for k in range(n)]
-    images = flow.images(torch.tensor(cond).repeat_interleave(n), seeds, args.batch)
-    images = images.to(flow.device)
+    images = flow.images(torch.tensor(cond).repeat_interleave(n), seeds, batch).to(flow.device)
     prompts = [flow.prompts[i] for i in cond for _ in range(n)]
 
-    scores = {reward.expression: reward(images, prompts).view(-1, n) for reward in rewards}
-    scores["diversity"] = diversity(embed(images).unflatten(0, (-1, n)))[:, None]
+    parts = []
+    for i in range(0, len(images), batch):
+        some = images[i : i + batch]
+        part = {reward.expression: reward(some, prompts[i : i + batch]) for reward in rewards}
+        parts.append(part | {"embedding": embed(some)})
+    scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    scores = {name: values.unflatten(0, (-1, n)) for name, values in scores.items()}  # [P, n, ...]
+    scores["diversity"] = diversity(scores.pop("embedding"))[:, None]
+
     records = []
     for row, i in enumerate(cond):
         R = {name: values[row].tolist() for name, values in scores.items()}
@@ -122,6 +124,7 @@ def measure_setting(args, model, prompts, rewards, embed):
     if not any(left.values()):
         return key
 
+    # the base model first, then the same with the LoRA
     flow = load_flow(model, args, prompts, list(mine))
     at_once = max(1, args.batch // args.images)
     for name in MODELS:
@@ -168,11 +171,13 @@ def table(rows, trained):
     lines = ["| | base | with LoRA | difference | LoRA is higher |", "|---|---|---|---|---|"]
     for name in [*trained, *(name for name in rows if name not in trained)]:
         row, digits = rows[name], 3 if name == "diversity" else 2
+
         cells = [f"`{name}`" + (", trained" if name in trained else "")]
         cells.append(plus_minus(row["base"], row["base_se"], "", digits))
         cells.append(plus_minus(row["lora"], row["lora_se"], "", digits))
         cells.append(plus_minus(row["difference"], row["difference_se"], "+", digits))
         cells.append(plus_minus(row["wins"], row["wins_se"], "", 0) + " %")
+
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

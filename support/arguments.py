@@ -147,6 +147,7 @@ def find_model_of(args, find_model):
         for key in ("guidance", "size"):
             if key in saved and getattr(args, key) not in (None, saved[key]):
                 warn(f"this LoRA was trained with --{key} {saved[key]}: images may suffer")
+
     model = find_model(args.model or saved.get("model") or "tiny")
     fill_defaults(args, vars(model) | saved)
     return model

@@ -1,9 +1,9 @@
-"""Build the tiny models from emoji pictures: pipeline (tokenizer, VAE, flow), CLIP, aesthetic head.
+"""Build the tiny models from emoji pictures: pipeline (tokenizer, VAE, flow), two CLIPs, aesthetic.
 
     npm install unicode-emoji-json @iconify-json/fluent-emoji-flat \\
         emoji-datasource-google emoji-datasource-twitter
     pip install resvg_py
-    for stage in data tokenizer vae flow clip aesthetic; do
+    for stage in data tokenizer vae flow clip aesthetic clip_h; do
         python tiny/build.py $stage --out build
     done
 
@@ -33,8 +33,8 @@ from torch import nn
 from tqdm import trange
 
 MAX_TOKENS, PAD_TOKENS = 16, 8
-STEPS = {"vae": 2800, "flow": 6500, "clip": 3200, "aesthetic": 4000}
-BATCH = {"vae": 192, "flow": 1024, "clip": 1024, "aesthetic": 512}
+STEPS = {"vae": 2800, "flow": 6500, "clip": 3200, "aesthetic": 4000, "clip_h": 1200}
+BATCH = {"vae": 192, "flow": 1024, "clip": 1024, "aesthetic": 512, "clip_h": 256}
 
 
 # ---- pictures
@@ -359,17 +359,23 @@ def build_flow(args):
 
 
 def damage(x, z, vae):
-    """Damage pictures x [n, 3, 64, 64] of latents z, each in its own way; return qualities, too."""
+    """Damage pictures x [n, 3, 64, 64], each in its own way; return qualities, too.
+
+    z, vae: their latents, to damage those as well, or None
+    """
     n, s = len(x), torch.rand(len(x), device=x.device) ** 1.5
     b = s.view(-1, 1, 1, 1)
     coarse = F.interpolate(torch.rand(n, 1, 4, 4, device=x.device), size=8, mode="bilinear")
-    latents = torch.stack(
-        [(1 - b) * z + b * torch.randn_like(z), torch.where(coarse < b / 2, z.roll(1, 0), z)]
-    )
-    decoded = [
-        vae.decode(latent / vae.config.scaling_factor + vae.config.shift_factor).sample
-        for latent in latents
-    ]
+    decoded = []
+    if vae is not None:
+        latents = torch.stack(
+            [(1 - b) * z + b * torch.randn_like(z), torch.where(coarse < b / 2, z.roll(1, 0), z)]
+        )
+        decoded = [
+            vae.decode(latent / vae.config.scaling_factor + vae.config.shift_factor).sample
+            for latent in latents
+        ]
+
     small = F.interpolate(F.interpolate(x, size=12, mode="area"), size=64, mode="bicubic")
     hidden = F.interpolate(coarse, size=64, mode="bicubic") < b / 2
     wrong = [
@@ -386,8 +392,22 @@ def damage(x, z, vae):
 
 def build_clip(args):
     """A CLIP to which a damaged picture fits its caption less: its score falls with quality."""
-    data, vae, tokenizer = Data(args), load_vae(args), load_tokenizer(args)
-    z = (encode(vae, data) - vae.config.shift_factor) * vae.config.scaling_factor
+    train_clip("clip", args, "tiny-clip", width=128, layers=4, patch=8, vae=load_vae(args))
+
+
+def build_clip_h(args):
+    """A second such CLIP, to measure with and never to train on; it knows nothing of the VAE."""
+    torch.manual_seed(1)
+    random.seed(1)
+    train_clip("clip_h", args, "tiny-clip-h", width=96, layers=3, patch=16, vae=None)
+
+
+def train_clip(name, args, folder, width, layers, patch, vae):
+    """Train a CLIP of one form and save it with what loads its texts and pictures."""
+    data, tokenizer = Data(args), load_tokenizer(args)
+    z = None
+    if vae is not None:
+        z = (encode(vae, data) - vae.config.shift_factor) * vae.config.scaling_factor
     text = dict(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, projection_dim=128,
         num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=MAX_TOKENS,
@@ -395,8 +415,9 @@ def build_clip(args):
         **special_tokens(tokenizer),
     )  # fmt: skip
     vision = dict(
-        hidden_size=128, intermediate_size=512, projection_dim=128, num_hidden_layers=4,
-        num_attention_heads=4, image_size=64, patch_size=8, hidden_act="gelu",
+        hidden_size=width, intermediate_size=4 * width, projection_dim=128,
+        num_hidden_layers=layers, num_attention_heads=4, image_size=64, patch_size=patch,
+        hidden_act="gelu",
     )  # fmt: skip
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=128)
     clip = transformers.CLIPModel(config).to(args.device)
@@ -406,7 +427,7 @@ def build_clip(args):
         chosen = torch.randperm(len(data.concepts))[:n].tolist()  # each caption once
         index = torch.stack([random_member(data, c) for c in chosen])
         with torch.no_grad():
-            x, quality = damage(data.pixels(index), z[index], vae)
+            x, quality = damage(data.pixels(index), None if z is None else z[index], vae)
         image = F.normalize(clip.get_image_features(x).pooler_output.float(), dim=-1)
         captions = data.captions(index, tokenizer)
         caption = F.normalize(clip.get_text_features(captions).pooler_output.float(), dim=-1)
@@ -416,9 +437,13 @@ def build_clip(args):
         regression = F.mse_loss(head(image)[:, 0] / 10, quality)
         return -(soft.mean() + (quality * to_image).mean()) / 2 + 3 * regression
 
-    train("clip", args, [*clip.parameters(), *head.parameters()], 1e-3, loss_of, weight_decay=0.1)
-    folder = args.out / "tiny-clip"
-    clip.save_pretrained(folder)
+    parameters = [*clip.parameters(), *head.parameters()]
+    train(name, args, parameters, 1e-3, loss_of, weight_decay=0.1)
+    folder = args.out / folder
+    if name == "clip_h":
+        save_half(clip, folder)
+    else:
+        clip.save_pretrained(folder)
     shutil.copytree(args.out / "tiny-sd3" / "tokenizer", folder, dirs_exist_ok=True)
     size = {"height": 64, "width": 64}
     options = dict(
@@ -489,7 +514,7 @@ def build_aesthetic(args):
 def main():
     stages = {
         "data": build_data, "tokenizer": build_tokenizer, "vae": build_vae, "flow": build_flow,
-        "clip": build_clip, "aesthetic": build_aesthetic,
+        "clip": build_clip, "aesthetic": build_aesthetic, "clip_h": build_clip_h,
     }  # fmt: skip
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
