@@ -273,9 +273,10 @@ class Reward:
         published models
     device: where models are loaded
 
-    `terms` maps the text of each term to its callable. A term may have two more methods:
-    open(run), called once the run's folder exists, and record(), a dict for every log entry; and
-    an attribute only_in_training, true if a person answers.
+    `terms` maps the text of each term to its callable. A term may have three more methods:
+    open(run), called once the run's folder exists, check(prompts), which may refuse them, and
+    record(), a dict for every log entry; and an attribute only_in_training, true if a person
+    answers.
     """
 
     def __init__(self, expression, tiny=TINY, device="cpu"):

@@ -22,7 +22,7 @@ from rewards import Reward, load_clip, load_function, split_expressions
 from support.arguments import parse_training_args
 from support.draws import draw_groups, drawn_prompts, seeded
 from support.errors import UserError, first_line, run_command
-from support.evaluation import Counted, HeldOut, Scorer, held_out_share
+from support.evaluation import Counted, HeldOut, Scorer, held_out_share, open_terms
 from support.processes import start_processes
 from support.prompts import split_prompts
 from support.run import Run
@@ -105,7 +105,7 @@ def main():
     # where the base model stands, on prompts that are not trained
     seed = seeded(args.seed, "held-out").initial_seed()
     held_out = HeldOut(flow, chosen, mine, reward, watched, clip_embed, args.batch, seed)
-    held_out.open_terms(run)
+    open_terms([reward, *watched], run, flow.prompts)
     pictures, base = held_out()
     if held_out.scored and base["held_out"] is None:  # ocr, for one, needs words in quotes
         raise UserError(f"reward {args.reward} is undefined for all of the held-out prompts")

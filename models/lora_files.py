@@ -143,6 +143,13 @@ def load_lora(flow, path):
     flow.network.eval().requires_grad_(False)
 
 
+def switch_lora(network, on):
+    """Switch the layers that `load_lora` has put around others on or off."""
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(on)
+
+
 def inject(network, tensors, prefix):
     """Put LoRA tensors around a network whose pipeline cannot read them, as PixArt's."""
     tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import GatedRepoError
 
+AGAIN = "give the same command again, train.py with --resume"
+
 
 class UserError(Exception):
     """A user's mistake. The message is one line and says how to fix it."""
@@ -36,14 +38,14 @@ def run_command(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:  # a full disk, a folder that is gone
-        message = f"{first_line(error)}; what was saved before is whole: fix this, then --resume"
+        message = f"{first_line(error)}; what was saved before is whole: fix this, then {AGAIN}"
     except (RuntimeError, MemoryError) as error:
         # that of a CPU has no class of its own
         if not isinstance(error, MemoryError | torch.OutOfMemoryError):
             if "can't allocate memory" not in str(error):
                 raise
         message = "out of memory: lower --batch, --size or --rank, or add --checkpointing"
-        message += "; then --resume"
+        message += f"; then {AGAIN}"
 
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

@@ -192,12 +192,6 @@ class HeldOut:
         rewards = [self.reward, *self.watched]
         return {name: term for reward in rewards for name, term in reward.terms.items()}
 
-    def open_terms(self, run):
-        """Show the run to terms that keep something in its folder, as judges and people do."""
-        for term in self.terms().values():
-            if hasattr(term, "open"):
-                term.open(run)
-
     def counts(self):
         """Return what terms have counted so far, such as requests to judges."""
         counts = {}
@@ -205,6 +199,19 @@ class HeldOut:
             if hasattr(term, "record"):
                 counts |= term.record()
         return counts
+
+
+def open_terms(rewards, run, prompts):
+    """Show the run, and its prompts, to the terms of rewards that want to see them.
+
+    Judges and people keep something in its folder; others need more of a prompt than its text.
+    """
+    for reward in rewards:
+        for term in reward.terms.values():
+            if hasattr(term, "open"):
+                term.open(run)
+            if hasattr(term, "check"):
+                term.check(prompts)
 
 
 def diversity(embeddings):

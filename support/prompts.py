@@ -28,23 +28,30 @@ def read_prompts(path):
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a text file of prompts: {first_line(error)}") from error
 
-    prompts = [line.strip() for line in text.split("\n") if line.strip()]
-    if not prompts:
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
+    lines = [(number, line) for number, line in lines if line]
+    if not lines:
         raise UserError(f"the prompt file {path} is empty; it needs one prompt a line")
     if kind == ".jsonl":
-        return [read_json(path, number, line) for number, line in enumerate(prompts, 1)]
-    return prompts
+        return [read_json(path, number, line) for number, line in lines]
+    return [line for _, line in lines]
 
 
 def read_json(path, number, line):
     """Return the Prompt of a line of JSON. UserError if it is none."""
     try:
         record = json.loads(line)
-        prompt = Prompt(record["prompt"].strip())
-        prompt.questions = [str(question) for question in record.get("questions", [])]
+        prompt, questions = record["prompt"].strip(), record.get("questions", [])
+        if not prompt or not isinstance(questions, list):
+            raise ValueError("no text, or no list")
+        if not all(isinstance(question, str) for question in questions):
+            raise ValueError("no text")
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         form = '{"prompt": "a cat", "questions": ["Is there a cat?"]}'
         raise UserError(f"line {number} of {path} is not of the form {form}") from error
+
+    prompt = Prompt(prompt)
+    prompt.questions = questions
     return prompt
 
 

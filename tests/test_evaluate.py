@@ -7,12 +7,14 @@ import json
 import statistics
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
 
+from rewards import Reward
 from studies import evaluate
-from support.draws import seeded
+from support.prompts import Prompt
 from tests import test_judge
 from tests.commands import ENVIRONMENT, ROOT, exit_code, last_line, metrics, run
 
@@ -22,26 +24,23 @@ TEST = ROOT / "tiny" / "prompts_test.txt"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The folder of a short run, and a file of its held-out prompts."""
+    """The folder of a short run, and that which it was started in."""
     cwd = tmp_path_factory.mktemp("evaluate")
     flags = "--reward colorfulness --watch brightness,clip --pairs 8 --steps 2 --lr 2e-3"
     flags += f" --iterations 4 --prompts {TEST} --name x"
     code, _, err = run("train.py", *flags.split(), cwd=cwd)
     assert code == 0, err
-    held_out = TEST.read_text().splitlines()[::10]
-    (cwd / "held_out.txt").write_text("\n".join(held_out))
-    return cwd / "runs" / "x", cwd / "held_out.txt"
+    return cwd / "runs" / "x", cwd
 
 
 def command(trained, out, *more):
-    folder, prompts = trained
-    seed = seeded(0, "held-out").initial_seed()  # that of the run's own evaluation
-    flags = ["--lora", folder, "--prompts", prompts, "--images", 2, "--seed", seed, "--out", out]
+    """As the run evaluates itself: two images of each of the prompts it held out."""
+    flags = ["--lora", trained[0], "--images", 2, "--out", out]
     return [*flags, "--rewards", "brightness, clip", *more]
 
 
 def results(out):
-    return json.loads((out / "evaluation.json").read_text())["settings"]
+    return json.loads((out / "evaluation.json").read_text())
 
 
 def test_an_evaluation_finds_what_the_run_has_found(trained, tmp_path, monkeypatch):
@@ -55,6 +54,7 @@ def test_an_evaluation_finds_what_the_run_has_found(trained, tmp_path, monkeypat
     assert last["gain"] > 3 * last["gain_se"]
     rows = result["rewards"]
     assert list(rows) == ["colorfulness", "brightness", "clip", "diversity"]
+    assert result["prompts"] == 13
     expected = {"difference": last["gain"], "difference_se": last["gain_se"]}
     expected |= {"base": base["held_out"], "base_se": base["held_out_se"]}
     for column, value in expected.items():
@@ -65,7 +65,7 @@ def test_an_evaluation_finds_what_the_run_has_found(trained, tmp_path, monkeypat
         assert rows[name]["difference_se"] == pytest.approx(last["change_se"][name], rel=1e-2)
 
     text = (tmp_path / "evaluation.md").read_text()
-    assert "13 prompts, 2 images each" in text and "`colorfulness`, trained |" in text
+    assert "13 prompts of" in text and "`colorfulness`, trained |" in text
     assert f"{last['gain']:+.2f} ± {last['gain_se']:.2f}" in text
 
 
@@ -74,10 +74,10 @@ def test_statistics_are_over_prompts():
     base = [[1.0, 2.0], [3.0, 4.0], [0.0, 0.0]]
     lora = [[2.0, 2.0], [3.5, 3.5], [1.0, float("nan")]]
     records = []
-    for name, values in (("base", base), ("LoRA", lora)):
-        for i, R in enumerate(values):
-            records.append({"model": name, "prompt": i, "R": {"r": R, "diversity": [i / 10]}})
-    rows = evaluate.summary(records[::-1])
+    for i in range(3):
+        of_models = {"base": {"r": base[i], "d": [i / 10]}, "lora": {"r": lora[i], "d": [i / 10]}}
+        records.append({"prompt": i, **of_models})
+    rows = evaluate.statistics(records)
 
     row = rows["r"]
     assert row["base"] == pytest.approx(10 / 6)
@@ -86,8 +86,8 @@ def test_statistics_are_over_prompts():
     assert row["difference_se"] == pytest.approx(statistics.stdev([0.5, 0, 1]) / 3**0.5)
     assert row["wins"] == pytest.approx((100 + 50 + 100 + 0 + 100) / 5)
     assert row["wins_se"] == pytest.approx(statistics.stdev([75, 50, 100]) / 3**0.5)
-    assert rows["diversity"]["base"] == pytest.approx(0.1)
-    assert rows["diversity"]["difference"] == 0
+    assert rows["d"]["base"] == pytest.approx(0.1)
+    assert rows["d"]["difference"] == 0 and rows["d"]["wins"] == 50
 
 
 def test_diversity_is_the_mean_over_pairs():
@@ -99,31 +99,54 @@ def test_diversity_is_the_mean_over_pairs():
 
 def test_an_interrupted_evaluation_goes_on(trained, tmp_path, monkeypatch):
     args = command(trained, tmp_path, "--guidance", "1,3", "--batch", 8)
+    drawn, measure = [], evaluate.measure
+
+    def interrupted(flow, cond, *more):
+        if len(drawn) > 13:  # in the second setting
+            raise KeyboardInterrupt
+        drawn.extend(cond)
+        return measure(flow, cond, *more)
+
+    monkeypatch.setattr(evaluate, "measure", interrupted)
+    assert exit_code(evaluate.main, monkeypatch, "evaluate.py", *args) == 130
+    path = tmp_path / "evaluation-0.jsonl"
+    path.write_text(path.read_text()[:-30])  # as a crash would leave the last line
+
+    monkeypatch.setattr(evaluate, "measure", lambda *a: drawn.extend(a[1]) or measure(*a))
     assert exit_code(evaluate.main, monkeypatch, "evaluate.py", *args) == 0
+    assert len(drawn) == 2 * 13 + 1
+    assert not path.exists()  # what is finished is measured anew, should it be asked for again
+
     whole = results(tmp_path)
     assert [result["guidance"] for result in whole] == [1, 3]
     assert whole[0]["rewards"]["clip"]["base"] != whole[1]["rewards"]["clip"]["base"]
-
-    # cut off within a line of the second setting
-    path = tmp_path / "evaluation-0.jsonl"
-    lines = path.read_text().splitlines()
-    assert len(lines) == 2 * 2 * 13
-    path.write_text("\n".join(lines[:33])[:-20])
-
-    drawn = []
-    measure = evaluate.measure
-    monkeypatch.setattr(evaluate, "measure", lambda *a: drawn.extend(a[1]) or measure(*a))
-    assert exit_code(evaluate.main, monkeypatch, "evaluate.py", *args) == 0
-    assert len(drawn) == 52 - 32
-    for before, after in zip(whole, results(tmp_path)):
+    assert exit_code(evaluate.main, monkeypatch, "evaluate.py", *command(trained, tmp_path)) == 0
+    assert len(drawn) == 3 * 13 + 1
+    again = results(tmp_path)  # the other table stays
+    assert [result["guidance"] for result in again] == [3, 1]
+    for before, after in zip(whole, again[::-1]):
         for name, row in before["rewards"].items():
             assert after["rewards"][name] == pytest.approx(row, rel=1e-4, abs=1e-4)
 
-    # those of other prompts are no part of it
-    prompts = tmp_path / "other.txt"
-    prompts.write_text(trained[1].read_text().replace("\n", " hat\n", 1))
-    assert exit_code(evaluate.main, monkeypatch, "evaluate.py", *args, "--prompts", prompts) == 0
-    assert len(drawn) == 52 - 32 + 52
+
+def test_lines_of_other_settings_are_left_out(trained, tmp_path, monkeypatch):
+    """Flags, the LoRA, or the questions of a prompt may have changed since an interruption."""
+    keys = []
+    monkeypatch.setattr(evaluate, "read_records", lambda folder, key: keys.append(key) or {})
+    for name in ("load_flow", "load_lora"):
+        monkeypatch.setattr(evaluate, name, lambda *a: None)
+    monkeypatch.setattr(evaluate, "measure", lambda *a: [])
+    prompts = [Prompt("sun"), "robot"]
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"another LoRA")
+    for change in ({}, {"seed": 3}, {"images": 4}, {"lora": other}, {"prompts": 1}):
+        prompts[0].questions = ["Is there a sun?"] * change.pop("prompts", 0)
+        args = Namespace(out=tmp_path, lora=trained[0], batch=8, images=2, seed=0, size="64")
+        vars(args).update(model="tiny", dtype="float32", steps=2, guidance=1, negative=None)
+        vars(args).update(change)
+        with pytest.raises(KeyError):  # nothing was measured
+            evaluate.measure_setting(args, None, prompts, [Reward("clip")], None)
+    assert len(set(keys)) == 5 and keys[0::2] == keys[1::2]
 
 
 def test_a_judge_answers_for_an_evaluation(trained, server, tmp_path, monkeypatch):
@@ -133,8 +156,7 @@ def test_a_judge_answers_for_an_evaluation(trained, server, tmp_path, monkeypatc
         assert len(server.asked) == 2 * 2 * 13  # and nothing twice
     (result,) = results(tmp_path)
     bright = result["rewards"]["judge:fine"]  # which is how bright an image is
-    assert 0 < bright["base"] < 100 and (tmp_path / "judge-0.jsonl").exists()
-    assert exit_code(evaluate.main, monkeypatch, "evaluate.py", *args, "--max-requests", 9) == 0
+    assert 0 < bright["base"] < 100
 
     args += ["--seed", 5, "--max-requests", 60]  # in all, and 52 are used up
     assert exit_code(evaluate.main, monkeypatch, "evaluate.py", *args) == 2
@@ -150,7 +172,7 @@ def test_two_processes_share_the_prompts(trained, tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("| `clip` |") == 1
     (one,), (two,) = results(tmp_path / "one"), results(tmp_path / "two")
-    assert len((tmp_path / "two" / "evaluation-1.jsonl").read_text().splitlines()) == 2 * 6
+    assert one["prompts"] == two["prompts"] == 13
     for name, row in one["rewards"].items():
         assert two["rewards"][name] == pytest.approx(row, rel=1e-3, abs=2e-3)
 
@@ -162,13 +184,15 @@ def test_two_processes_share_the_prompts(trained, tmp_path):
         ("--lora nowhere", "no LoRA at nowhere"),
         ("--lora RUN --rewards nonsense", "known: aesthetic"),
         ("--lora RUN --rewards human", "a person can be asked in training only"),
-        ("--lora RUN --images 1", "1 is not between 2"),
+        ("--lora RUN --images 0", "0 is not between 1"),
+        ("--lora RUN --rewards judge:x:questions", "has no questions: give --prompts FILE.jsonl"),
         ("--lora RUN --guidance 1,x", "invalid float value"),
         ("--lora RUN --size 512,large", "large is not a size"),
     ],
 )
 def test_mistakes_are_one_line(flags, complaint, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     flags = flags.replace("RUN", str(trained[0])).split()
     flags += ["--out", "here"] if flags else []
     assert exit_code(evaluate.main, monkeypatch, "evaluate.py", *flags) == 2

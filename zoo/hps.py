@@ -37,20 +37,20 @@ NAMES = [
 
 def renamed(weights):
     """Return the weights of an OpenCLIP model, {name: tensor}, by transformers' names."""
-    renamed = {}
+    result = {}
     for name, tensor in weights.items():
         for pattern, new in NAMES:
             name = re.sub(pattern, new, name)
 
         if ".in_proj_" in name:  # queries, keys and values in one
             for part, third in zip("qkv", tensor.chunk(3)):
-                renamed[name.replace("in_proj_", f"{part}_proj.")] = third
+                result[name.replace("in_proj_", f"{part}_proj.")] = third
         elif name.endswith("_projection.weight"):
-            renamed[name] = tensor.T.contiguous()
+            result[name] = tensor.T.contiguous()
         else:
-            renamed[name] = tensor
-    renamed.pop("attn_mask", None)  # which is no weight
-    return renamed
+            result[name] = tensor
+    result.pop("attn_mask", None)  # which is no weight
+    return result
 
 
 def load(Clip, device):

@@ -44,7 +44,7 @@ class Judge(Http):
     A question with bounds, as "from 1 to 10", asks for a rating. {prompt} in it stands for the
     image's prompt. Both values are expectations over the likeliest tokens. A service that gives no
     logprobs is asked several times, and the mean counts. An answer that is neither counts as NaN.
-    With QUESTIONS or UNIFIED, of zoo/vlm.py, it asks those of each prompt, or for three scores.
+    With QUESTIONS of zoo/vlm.py it asks those of each prompt, with UNIFIED for three scores.
 
     at: how many questions are asked at a time
     samples: answers to a question where there are no logprobs; by default 5, or 1 for a rating
@@ -73,12 +73,12 @@ class Judge(Http):
 
         self.model = model
         self.question = question
+        self.at = at
         scale = SCALE.search(question)
         self.bounds = sorted(map(int, scale.groups())) if scale else None
-        self.at = at
+        self.samples = samples or (1 if self.bounds else 5)
         if question == UNIFIED:
-            self.bounds = None
-        self.samples = samples or (1 if scale else 5)
+            self.bounds, self.samples = None, 1
         self.answers = Answers()
 
         # taken out one by one if the service refuses them
@@ -114,6 +114,11 @@ class Judge(Http):
         self.answer_all(list(bodies.items()))
         values = [torch.tensor([self.answers.values[key] for key in some]) for some in keys]
         return torch.stack([some.nanmean() for some in values])
+
+    def check(self, prompts):
+        """UserError if a prompt lacks the questions that are to be asked."""
+        for prompt in prompts:
+            questions_about(prompt, self.question)
 
     def answer_all(self, questions):
         """Find the value of each question (key, body), `at` of them at a time.

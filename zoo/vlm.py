@@ -35,8 +35,8 @@ class Vlm:
 
     sigmoid(logit of "Yes" - logit of "No") at the answer's first token (VQAScore, Lin et al. 2024).
     {prompt} in the question stands for the image's prompt. With QUESTIONS those of each prompt are
-    asked, and the mean counts, as in Soft-TIFA of GenEval 2 (arXiv:2512.16853). With UNIFIED the
-    model writes three scores, whose mean counts, 1 to 5. For models of the Qwen-VL families.
+    asked, and the mean counts, much as in GenEval 2 (arXiv:2512.16853). With UNIFIED the model
+    writes three scores, whose mean counts, 1 to 5. For models of the Qwen-VL families.
     """
 
     def __init__(self, model, tokenizer, image_processor, question):
@@ -60,6 +60,11 @@ class Vlm:
             some = [i for i, questions in enumerate(asked) if k < len(questions)]
             percent[some, k] = self.percent_yes(images[some], [asked[i][k] for i in some]).cpu()
         return percent.nanmean(1)
+
+    def check(self, prompts):
+        """UserError if a prompt lacks the questions that are to be asked."""
+        for prompt in prompts:
+            questions_about(prompt, self.question)
 
     def percent_yes(self, images, questions):
         """Return the probability [B] of yes against no, one question an image."""
@@ -85,10 +90,10 @@ class Vlm:
         return {**tokens.to(self.model.device), **vision}
 
     def text(self, question, count):
-        """Return the whole talk about an image of `count` tokens, up to where the answer begins."""
+        """Return the conversation about an image of `count` tokens, up to the answer."""
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        talk = [{"role": "user", "content": content}]
-        text = self.tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+        chat = [{"role": "user", "content": content}]
+        text = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         return text.replace(self.image_token, self.image_token * count, 1)
 
 
@@ -103,11 +108,16 @@ def questions_about(prompt, question):
 
 
 def unified_score(text):
-    """Return the mean of the three scores in an answer of UnifiedReward, NaN if one is missing."""
-    found = [re.search(rf"{axis} Score \(1-5\): *(\d+(\.\d+)?)", text) for axis in AXES]
-    if not all(found):
-        return math.nan
-    return sum(float(score[1]) for score in found) / len(AXES)
+    """Return the mean of the three scores in an answer of UnifiedReward.
+
+    NaN if one is missing, or not from 1 to 5.
+    """
+    scores = []
+    for axis in AXES:
+        found = re.search(rf"{axis} Score \(1-5\): *(\d+(\.\d+)?)", text)
+        score = float(found[1]) if found else math.nan
+        scores.append(score if 1 <= score <= 5 else math.nan)
+    return sum(scores) / len(AXES)
 
 
 def names_and_question(term, options):
