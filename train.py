@@ -151,9 +151,12 @@ def main():
         record["evaluations"] = last["evaluations"] + velocity.pop_count()
         run.log(record | measured | held_out.counts(), pictures)
 
-        # save; the LoRA first, so that no checkpoint is ahead of it
+        # save; the LoRA first, so that no checkpoint is ahead of it, and one beside each sample
         if (measure or stop) and run.first:
             save_lora(lora, run.folder / "lora.safetensors", flow.network_name)
+        if measure and run.first:
+            path = run.folder / "samples" / f"{iteration:06}.safetensors"
+            save_lora(lora, path, flow.network_name)
         run.save()
         if stop and iteration < args.iterations:
             run.stop()

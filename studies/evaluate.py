@@ -47,7 +47,7 @@ from support.evaluation import (
 from support.pictures import make_folder
 from support.processes import processes, start_processes
 from support.prompts import read_prompts, split_prompts
-from support.run import read_config, write_whole
+from support.run import read_config, run_of, write_whole
 from zoo.jsonl import append_line, read_lines
 
 
@@ -87,7 +87,7 @@ def parse_args():
         parser.error("give a --lora, the folder of a run or a file")
     if not find_file(args.lora).exists():
         parser.error(f"no LoRA at {find_file(args.lora)}")
-    args.out = Path(args.out or (args.lora if Path(args.lora).is_dir() else "evaluation"))
+    args.out = Path(args.out or run_of(args.lora) or "evaluation")
     return args, find_model_of(args, find_model)
 
 
@@ -263,9 +263,7 @@ def add_result(folder, result):
 def main():
     args, model = parse_args()
     start_processes(args)
-    run = {}
-    if Path(args.lora, "config.json").exists():
-        run = read_config(args.lora)
+    run = read_config(run_of(args.lora)) if run_of(args.lora) else {}
     prompts = split_prompts(run.get("prompts"))[1]
     if args.prompts:
         prompts = read_prompts(args.prompts)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from support.errors import UserError, first_line
-from support.run import read_config, warn
+from support.run import read_config, run_of, warn
 
 
 class Parser(argparse.ArgumentParser):
@@ -130,7 +130,7 @@ def parse_training_args(doc, find_estimator, find_model, suits):
 
 def add_lora_argument(parser):
     """Add the flag of a LoRA to draw with."""
-    text = "a run folder, which also sets model, steps, guidance and size; or a file"
+    text = "a run, or one of its files, which also sets model, steps, guidance and size; or a file"
     parser.add_argument("--lora", help=text)
 
 
@@ -139,9 +139,9 @@ def find_model_of(args, find_model):
 
     What a run was trained with comes before what suits the model.
     """
-    saved = {}
-    if args.lora and Path(args.lora, "config.json").exists():
-        config = read_config(args.lora)
+    saved, folder = {}, run_of(args.lora) if args.lora else None
+    if folder:
+        config = read_config(folder)
         names = ("model", "steps", "guidance", "negative", "size")
         saved = {name: config[name] for name in names if config.get(name) is not None}
         for key in ("guidance", "size"):

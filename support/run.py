@@ -45,6 +45,15 @@ def read_config(folder):
         raise UserError(f"{folder} is not the folder of a run: {first_line(error)}") from error
 
 
+def run_of(path):
+    """Return the folder of the run that a LoRA is from, or None; the path may be that folder."""
+    path = Path(path).resolve()
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / "config.json").exists() and (folder / "metrics.jsonl").exists():
+            return folder
+    return None
+
+
 def read_metrics(folder):
     """Read the records of a run; a line that was cut short by a crash is passed over."""
     records = []

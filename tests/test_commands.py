@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def test_training_raises_the_reward_and_leaves_a_complete_folder(whole):
     names = "config.json evolution.webp lora.safetensors metrics.jsonl report.png samples"
     names += " state.previous.pt state.pt"
     assert [path.name for path in sorted(folder.iterdir())] == names.split()
-    grids = sorted((folder / "samples").iterdir())
+    grids = sorted((folder / "samples").glob("*.png"))
     assert [path.stem for path in grids] == ["000000", "000004", "000008"]
     assert Image.open(folder / "report.png").size[0] > 1000
     assert Image.open(folder / "evolution.webp").n_frames == 3
@@ -98,6 +99,20 @@ def test_sample_compares_a_run_with_its_base(whole, tmp_path, monkeypatch, capsy
     assert picture.width > 3 * 256 and 2 * 128 < picture.height < 3 * 128
     left, right = picture.crop((4, 4, 132, 132)), picture.crop((132, 4, 260, 132))
     assert left.tobytes() != right.tobytes()
+
+
+def test_each_evaluation_leaves_its_lora_beside_its_sample(whole, tmp_path, monkeypatch):
+    loras = [whole[0] / "samples" / f"{i:06}.safetensors" for i in (4, 8)]
+    assert loras[1].read_bytes() == (whole[0] / "lora.safetensors").read_bytes()
+    assert loras[0].read_bytes() != loras[1].read_bytes()
+
+    # which is drawn with as the run was, in two steps
+    monkeypatch.chdir(tmp_path)
+    for name, path in (("run", whole[0]), ("last", loras[1]), ("earlier", loras[0])):
+        command = ["sample.py", "--prompt", "sun", "--n", 1, "--lora", path, "--out", f"{name}.png"]
+        assert exit_code(sample.main, monkeypatch, *command) == 0
+    drawn, last, earlier = (Path(f"{name}.png").read_bytes() for name in ("run", "last", "earlier"))
+    assert last == drawn != earlier
 
 
 def test_drawing_otherwise_than_trained_is_said(whole, tmp_path, monkeypatch, capsys):

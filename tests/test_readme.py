@@ -24,6 +24,9 @@ PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 SHELL = "\n".join(text for kind, text in BLOCKS if kind == "bash").replace("\\\n", " ").splitlines()
 
 
+STUDIES = ("taste", "card", "compare", "evaluate", "noise", "toy")
+
+
 def block(words):
     """The Python block that has these words."""
     (text,) = (text for text in PYTHON if words in text)
@@ -63,7 +66,7 @@ def test_the_readme_is_a_landing_page():
 @pytest.mark.ci
 def test_every_flag_is_one():
     commands = ["train.py", "train.py --estimator spsa", "sample.py"]
-    commands += [f"-m studies.{name}" for name in ("taste", "card", "compare", "noise", "toy")]
+    commands += [f"-m studies.{name}" for name in STUDIES]
     help_text = "".join(run(ROOT, *command.split(), "--help") for command in commands)
     lines = [line for line in SHELL if re.search("python .*(train|sample|studies)", line)]
     assert len(lines) >= 10
