@@ -63,6 +63,7 @@ RATES = {"methods": (0.0005, 0.001, 0.002), "steps": (0.001, 0.002)}  # at 0.004
 NOISE_LEVELS = (0.3, 0.5, 0.7)  # tried with each rate where steps are noisy
 TUNED_ON = ("aesthetic", 100)  # a reward, and a seed that is not among those reported
 OTHER = {"aesthetic": "clip", "clip": "aesthetic"}  # what is watched when one is trained
+# clip_h is watched in all: the opinion of a CLIP that nothing was trained on
 GOAL = 1.0  # a gain that most reach
 
 # ---- runs
@@ -185,12 +186,13 @@ def row(*cells):
 def table(measured, reward):
     """Return the lines of a table of {method: its curves}."""
     other = OTHER[reward]
-    heads = ("gain without harm", "gain at the end", other, "diversity")
-    lines = [row(reward, *heads, f"evaluations to +{GOAL:g}", f"{other} then"), "|---" * 7 + "|"]
+    heads = ("gain without harm", "gain at the end", other, "clip_h", "diversity")
+    lines = [row(reward, *heads, f"evaluations to +{GOAL:g}", f"{other} then"), "|---" * 8 + "|"]
 
     for method, c in measured.items():
         cells = [method]
-        for gain in (gain_without_harm(c, reward), c["gain"][:, -1], c[other][:, -1]):
+        ends = (c[name][:, -1] for name in ("gain", other, "clip_h"))
+        for gain in (gain_without_harm(c, reward), *ends):
             cells.append(f"{gain.mean():+.2f} ± {gain.std(ddof=1):.2f}")
         cells.append(f"{c['diversity'][:, -1].mean():+.3f}")
         cells.append(median_and_range(costs_at_goal(c), "{:,.0f}"))
@@ -206,7 +208,7 @@ def draw_gains(path, measured):
 
     for axes_of_reward, (reward, methods) in zip(axes, measured.items()):
         axes_of_reward[0].set_ylabel(f"gain in held-out {reward}")
-        for axis, name in zip(axes_of_reward, [*costs, OTHER[reward], "diversity"]):
+        for axis, name in zip(axes_of_reward, [*costs, OTHER[reward], "clip_h"]):
             axis.set(xlabel=f"change in {name}, watched", title="frontier: right and up is better")
             if name in costs:
                 axis.set(xlabel=name + costs[name], title="cost")

@@ -21,7 +21,8 @@ from support.errors import UserError, run_command
 def records(slope, reward):
     """The metrics of a run that gains `slope` at each of four points."""
     for i in range(5):
-        change = {"aesthetic": -0.5, "clip": -0.5, "diversity": -0.01, reward: slope}
+        change = {"aesthetic": -0.5, "clip": -0.5, "clip_h": -0.7, "diversity": -0.01}
+        change[reward] = slope
         if reward == "aesthetic" and i < 3:  # harm begins after the second point
             change["clip"] = 0.1
         change = {name: i * value for name, value in change.items()}
@@ -102,10 +103,11 @@ def test_the_table_says_what_the_runs_say(study, commands, tmp_path):
     assert all("--lr 1.0" in c and "--noise-level 0.5" not in c for c in chosen)
 
     # ours gains 2 and 2.1 a point; clip falls after the second
-    heads = "gain without harm | gain at the end | clip | diversity | evaluations to +1 | clip then"
-    assert f"| aesthetic | {heads} |" in lines
+    heads = "gain without harm | gain at the end | clip | clip_h | diversity | evaluations to +1"
+    assert f"| aesthetic | {heads} | clip then |" in lines
     spread = 0.4 / np.sqrt(2)  # of 8 and 8.4, the seeds less one
-    gains = f"+4.10 ± {spread / 2:.2f} | +8.20 ± {spread:.2f} | -2.00 ± 0.00 | -0.040"
+    gains = f"+4.10 ± {spread / 2:.2f} | +8.20 ± {spread:.2f} | -2.00 ± 0.00"
+    gains += " | -2.80 ± 0.00 | -0.040"
     costs = f"350 ({700 / 2.1:.0f} to 350) | +0.1 (+0.0 to +0.1)"
     assert f"| ours | {gains} | {costs} |" in lines
     assert sum(line.startswith("| theirs | +2.10 ") for line in lines) == 1
