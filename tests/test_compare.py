@@ -137,7 +137,7 @@ def test_what_a_gain_costs_by_steps(study, commands, monkeypatch, tmp_path):
 def test_the_picture_shows_gains_against_costs_and_harm(study, figures):
     study()
     axes = np.array(figures[0].axes).reshape(2, 5)
-    harm = ["change in aesthetic, watched", "change in diversity, watched"]
+    harm = ["change in aesthetic, watched", "change in clip_h, watched"]
     costs = ["images", "evaluations of the network", "seconds, one core"]
     assert [axis.get_xlabel() for axis in axes[1]] == costs + harm
     ours, theirs = axes[0, 3].get_lines()
