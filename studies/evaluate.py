@@ -94,8 +94,11 @@ def parse_args():
 # ---- what is measured
 
 
-class RunFolder:
-    """Stands in for a Run, for terms that keep something in its folder."""
+class Evaluation:
+    """Stands in for a Run, for terms that keep something in its folder.
+
+    That is where the lines of an interrupted evaluation are, too.
+    """
 
     def __init__(self, args):
         self.args = args
@@ -156,10 +159,11 @@ def measure(flow, cond, args, rewards, embed):
     return records
 
 
-def measure_setting(args, model, prompts, rewards, embed):
+def measure_setting(args, folder, model, prompts, rewards, embed):
     """Measure both models on all prompts, each process on its share; return all records.
 
-    The first process of several returns them, the others an empty list.
+    folder: where each process adds its records to a file
+    The first process of several returns all of them, the others an empty list.
     """
     # by what an interrupted evaluation is known again
     weights = hashlib.sha256(find_file(args.lora).read_bytes()).hexdigest()
@@ -172,7 +176,7 @@ def measure_setting(args, model, prompts, rewards, embed):
         dist.broadcast_object_list(key)
 
     rank, world = processes()
-    done = read_records(args.out, key[0])
+    done = read_records(folder, key[0])
     mine = range(rank, len(prompts), world)
     remaining = [i for i in mine if i not in done]
     if remaining:
@@ -183,20 +187,20 @@ def measure_setting(args, model, prompts, rewards, embed):
     at_once = max(1, args.batch // args.images)
     for i in tqdm(range(0, len(remaining), at_once), "evaluating", disable=rank > 0):
         for record in measure(flow, remaining[i : i + at_once], args, rewards, embed):
-            append_line(args.out / f"evaluation-{rank}.jsonl", {"key": key[0], **record})
+            append_line(folder / f"records-{rank}.jsonl", {"key": key[0], **record})
 
     if dist.is_initialized():
         dist.barrier()
     if rank > 0:
         return []
-    done = read_records(args.out, key[0])
+    done = read_records(folder, key[0])
     return [done[i] for i in range(len(prompts))]
 
 
 def read_records(folder, key):
     """Return what all processes have measured in a setting, {number of the prompt: record}."""
     records = {}
-    for path in sorted(folder.glob("evaluation-*.jsonl")):
+    for path in sorted(folder.glob("records-*.jsonl")):
         for line in read_lines(path):
             if line.get("key") == key:
                 records[line["prompt"]] = line
@@ -272,7 +276,8 @@ def main():
     folder = Path(model.path).parent
     tiny = folder if (folder / "tiny-clip").is_dir() else None
     rewards = load_rewards(args, run, tiny)
-    open_terms(rewards, RunFolder(args), prompts)
+    evaluation = Evaluation(args)
+    open_terms(rewards, evaluation, prompts)
     embed = load_clip(tiny, args.device).embed_images
     trained = []
     if rewards and rewards[0].expression == run.get("reward"):
@@ -281,7 +286,7 @@ def main():
     # one table for each setting
     for guidance, side in product(args.guidances or [args.guidance], args.sizes or [args.size]):
         setting = Namespace(**vars(args) | {"guidance": guidance, "size": side})
-        records = measure_setting(setting, model, prompts, rewards, embed)
+        records = measure_setting(setting, evaluation.folder, model, prompts, rewards, embed)
         if records:
             names = ("lora", "images", "seed", "model", "steps", "guidance", "dtype", "negative")
             result = {name: getattr(setting, name) for name in names}
@@ -293,8 +298,10 @@ def main():
 
     # what an interrupted evaluation would go on from
     if processes()[0] == 0:
-        for path in args.out.glob("evaluation-*.jsonl"):
+        for path in evaluation.folder.glob("records-*.jsonl"):
             path.unlink()
+        if not any(evaluation.folder.iterdir()):  # else it has the answers of judges
+            evaluation.folder.rmdir()
         print(f"see {args.out / 'evaluation.md'}")
 
 

@@ -109,13 +109,15 @@ def test_an_interrupted_evaluation_goes_on(trained, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluate, "measure", interrupted)
     assert exit_code(evaluate.main, monkeypatch, "evaluate.py", *args) == 130
-    path = tmp_path / "evaluation-0.jsonl"
+    path = tmp_path / "evaluation" / "records-0.jsonl"
     path.write_text(path.read_text()[:-30])  # as a crash would leave the last line
 
     monkeypatch.setattr(evaluate, "measure", lambda *a: drawn.extend(a[1]) or measure(*a))
     assert exit_code(evaluate.main, monkeypatch, "evaluate.py", *args) == 0
     assert len(drawn) == 2 * 13 + 1
-    assert not path.exists()  # what is finished is measured anew, should it be asked for again
+    assert (
+        not path.parent.exists()
+    )  # what is finished is measured anew, should it be asked for again
 
     whole = results(tmp_path)
     assert [result["guidance"] for result in whole] == [1, 3]
@@ -141,14 +143,15 @@ def test_lines_of_other_settings_are_left_out(trained, tmp_path, monkeypatch):
     other.write_bytes(b"another LoRA")
     for change in ({}, {"seed": 3}, {"images": 4}, {"lora": other}, {"prompts": 1}):
         prompts[0].questions = ["Is there a sun?"] * change.pop("prompts", 0)
-        args = Namespace(out=tmp_path, lora=trained[0], batch=8, images=2, seed=0, size="64")
+        args = Namespace(lora=trained[0], batch=8, images=2, seed=0, size="64")
         vars(args).update(model="tiny", dtype="float32", steps=2, guidance=1, negative=None)
         vars(args).update(change)
         with pytest.raises(KeyError):  # nothing was measured
-            evaluate.measure_setting(args, None, prompts, [Reward("clip")], None)
+            evaluate.measure_setting(args, tmp_path, None, prompts, [Reward("clip")], None)
     assert len(set(keys)) == 5 and keys[0::2] == keys[1::2]
 
 
+@pytest.mark.ci
 def test_a_judge_answers_for_an_evaluation(trained, server, tmp_path, monkeypatch):
     args = command(trained, tmp_path, "--rewards", "judge:fine", "--batch", 8)
     for _ in range(2):
