@@ -68,7 +68,7 @@ def main():
     folder = Path(model.path).parent
     tiny = folder if (folder / "tiny-clip").is_dir() else None
     if args.watch is None:
-        args.watch = WATCHED + (",clip_h" if tiny else "")
+        args.watch = WATCHED + (",clip_h" if (folder / "tiny-clip-h").is_dir() else "")
 
     # the run's folder, and the rewards
     run = Run(args)
