@@ -598,12 +598,13 @@ def test_tiny_models_can_be_rebuilt(tmp_path):
     styles = ["large", "small"]
     np.savez(tmp_path / "data.npz", images=images, concepts=names, styles=styles, **index)
 
-    for stage in ("tokenizer", "vae", "flow", "clip", "aesthetic"):
+    for stage in ("tokenizer", "vae", "flow", "clip", "aesthetic", "clip_h"):
         options = ["--out", tmp_path, "--steps", 3, "--batch", 4, "--device", "cpu"]
         code, out, err = run("tiny/build.py", stage, *options, cwd=tmp_path)
         assert code == 0, err
-    for name in ("tiny-clip/model.safetensors", "tiny-aesthetic/model.safetensors"):
-        built, shipped = load_file(tmp_path / name), load_file(ROOT / "tiny" / name)
+    for name in ("tiny-clip", "tiny-aesthetic", "tiny-clip-h"):
+        path = Path(name, "model.safetensors")
+        built, shipped = load_file(tmp_path / path), load_file(ROOT / "tiny" / path)
         assert built.keys() == shipped.keys()
 
     args = ["--model", tmp_path / "tiny-sd3", "--size", 64, "--steps", 2, "--n", 1]
