@@ -75,13 +75,19 @@ def to_pil(image):
     return Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy())
 
 
-def published(model, image, prompt):
-    """What HPSv2's own code computes: cosine of features, times 100."""
+def features(model, image, prompt):
+    """The embeddings that HPSv2's own code computes of an image and a prompt."""
     transform = open_clip.image_transform(SIDE, is_train=False, resize_mode="longest")
     text = open_clip.get_tokenizer("ViT-H-14")([prompt])
     with torch.no_grad():
-        features = model(transform(to_pil(image))[None], text)
-    return 100 * (features["image_features"] * features["text_features"]).sum()
+        found = model(transform(to_pil(image))[None], text)
+    return found["image_features"][0], found["text_features"][0]
+
+
+def published(model, image, prompt):
+    """HPSv2's own score: the cosine, times 100."""
+    image, text = features(model, image, prompt)
+    return 100 * (image * text).sum()
 
 
 PROMPTS = ["Red apple", "a robot, that waters 3 tulips!", "  Ein schöner   Tag "]
@@ -91,7 +97,14 @@ PROMPTS = ["Red apple", "a robot, that waters 3 tulips!", "  Ein schöner   Tag 
 def test_hps_is_openclip(model, height, width):
     # whole levels, at a size that is not resized: nothing is rounded
     images = torch.randint(256, (3, 3, height, width)) / 255
-    R = Reward("hps")(images, PROMPTS)
+    reward = Reward("hps")
+    (clip,) = reward.terms.values()
+    for image, embedding, prompt in zip(images, clip.embed_images(images), PROMPTS):
+        of_image, of_text = features(model, image, prompt)
+        torch.testing.assert_close(embedding, of_image, rtol=0, atol=1e-5)
+        torch.testing.assert_close(clip.embed_text(prompt), of_text, rtol=0, atol=1e-5)
+
+    R = reward(images, PROMPTS)
     theirs = torch.stack([published(model, *pair) for pair in zip(images, PROMPTS)])
     assert theirs.std() > 1
     torch.testing.assert_close(R, theirs, rtol=1e-5, atol=1e-4)  # of 100 x the cosine
