@@ -29,10 +29,9 @@ from torch import nn
 from support.errors import UserError, first_line
 from support.run import warn
 from zoo.grammar import FILE, OPTION, Formula, split_expressions  # noqa: F401
-from zoo.loading import downloaded, large_model_dtype, load_function, pretrained
+from zoo.loading import CLIP_H, downloaded, large_model_dtype, load_function, pretrained
 
 TINY = Path(__file__).resolve().parent / "tiny"
-CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 PATIENCE = 60  # seconds until a line says which reward is being waited for
 
 

@@ -67,9 +67,7 @@ def parse_args():
     add = parser.add_argument
     add_lora_argument(parser)
     add("--rewards", default="aesthetic,clip", help="besides what the run was trained on")
-    add(
-        "--prompts", metavar="FILE", help="as for train.py; all count (default: the run's held out)"
-    )
+    add("--prompts", metavar="FILE", help="all of them count (default: those the run held out)")
     add("--images", type=number(int, 1), default=4, help="of each prompt, from each model")
     add("--seed", type=number(int, 0, 10**6), default=0, help="of the noise")
     add("--out", help="folder of the tables (default: that of the run)")
@@ -165,7 +163,7 @@ def measure_setting(args, folder, model, prompts, rewards, embed):
     folder: where each process adds its records to a file
     The first process of several returns all of them, the others an empty list.
     """
-    # by what an interrupted evaluation is known again
+    # a key by which an interrupted evaluation finds its own records
     weights = hashlib.sha256(find_file(args.lora).read_bytes()).hexdigest()
     texts = [[prompt, *getattr(prompt, "questions", ())] for prompt in prompts]
     names = [reward.expression for reward in rewards]
@@ -185,7 +183,8 @@ def measure_setting(args, folder, model, prompts, rewards, embed):
         load_lora(flow, args.lora)
 
     at_once = max(1, args.batch // args.images)
-    for i in tqdm(range(0, len(remaining), at_once), "evaluating", disable=rank > 0):
+    quiet = rank > 0 or not remaining
+    for i in tqdm(range(0, len(remaining), at_once), "evaluating", disable=quiet):
         for record in measure(flow, remaining[i : i + at_once], args, rewards, embed):
             append_line(folder / f"records-{rank}.jsonl", {"key": key[0], **record})
 
@@ -296,7 +295,7 @@ def main():
             add_result(args.out, result)
             print(table(result), end="\n\n")
 
-    # what an interrupted evaluation would go on from
+    # all is done, so nothing needs to go on from the records
     if processes()[0] == 0:
         for path in evaluation.folder.glob("records-*.jsonl"):
             path.unlink()

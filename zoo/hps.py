@@ -10,9 +10,7 @@ from types import SimpleNamespace
 import torch
 import transformers
 
-from zoo.loading import downloaded, large_model_dtype, pretrained
-
-ARCHITECTURE = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+from zoo.loading import CLIP_H, downloaded, large_model_dtype, pretrained
 
 # names of OpenCLIP -> names of transformers, applied in this order
 NAMES = [
@@ -58,17 +56,17 @@ def load(Clip, device):
     path = downloaded("xswu/HPSv2", "HPS_v2.1_compressed.pt")
     weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
 
-    model = transformers.CLIPModel(pretrained(transformers.CLIPConfig, ARCHITECTURE))
+    model = transformers.CLIPModel(pretrained(transformers.CLIPConfig, CLIP_H))
     model.load_state_dict(renamed(weights))
     model.to(device, large_model_dtype(device))
 
     # its own preprocessing keeps the whole image, on black
     side = model.config.vision_config.image_size
-    published = pretrained(transformers.CLIPImageProcessor, ARCHITECTURE)
+    published = pretrained(transformers.CLIPImageProcessor, CLIP_H)
     processor = SimpleNamespace(
         size={"longest_edge": side},
         do_center_crop=False,
         image_mean=published.image_mean,
         image_std=published.image_std,
     )
-    return Clip(model, pretrained(transformers.CLIPTokenizer, ARCHITECTURE), processor)
+    return Clip(model, pretrained(transformers.CLIPTokenizer, CLIP_H), processor)

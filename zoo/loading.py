@@ -9,6 +9,8 @@ from huggingface_hub import hf_hub_download
 
 from support.errors import UserError, first_line, why_unreachable
 
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # from which hps and pickscore were tuned
+
 
 def load_function(what, term):
     """Return the function of a term "path/to/file.py:function".

@@ -4,13 +4,12 @@ Its unit is the model's own: the logarithm of the odds that one image is preferr
 the difference of their scores. Scores are typically 17 to 24.
 """
 
-from zoo.loading import large_model_dtype
+from zoo.loading import CLIP_H, large_model_dtype
 
 
 def load(clip_from, device):
     """Return the Clip of PickScore, loaded by `clip_from` of rewards.py."""
-    processors = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     dtype = large_model_dtype(device)
-    clip = clip_from("yuvalkirstain/PickScore_v1", processors, device, dtype=dtype)
+    clip = clip_from("yuvalkirstain/PickScore_v1", CLIP_H, device, dtype=dtype)
     clip.scale = clip.model.logit_scale.exp().item()
     return clip
