@@ -271,11 +271,11 @@ def central_difference(
     g = torch.zeros_like(parameters_to_vector(problem.lora.parameters))
     tried = torch.randperm(len(g), generator=generator, device=g.device)[:coordinates]
 
-    for (some,) in micro_batches(problem.batch // (2 * len(eps)), tried):
-        units = F.one_hot(some, len(g)).to(g)  # [D, P]
-        each_eps = eps.expand(len(some), *eps.shape)
-        each_cond = cond.expand(len(some), *cond.shape)
-        g[some] = slopes(problem, units, h, each_eps, each_cond).mean(1)
+    for (i,) in micro_batches(problem.batch // (2 * len(eps)), tried):  # i [D]
+        units = F.one_hot(i, len(g)).to(g)  # [D, P]
+        each_eps = eps.expand(len(i), *eps.shape)
+        each_cond = cond.expand(len(i), *cond.shape)
+        g[i] = slopes(problem, units, h, each_eps, each_cond).mean(1)
 
     sum_over_processes(g)
     problem.lora.add_grad(-g)
@@ -300,8 +300,8 @@ def spsa(problem, eps, cond, generator=None, h: float = 0.02, directions: int = 
     bits = torch.randint(
         2, (directions, len(g)), generator=generator, device=g.device, dtype=torch.int8
     )
-    for e, c, some in micro_batches(problem.batch // (2 * eps.shape[1]), eps, cond, bits):
-        d = 2 * some.to(g) - 1  # random signs [D, P]
+    for e, c, b in micro_batches(problem.batch // (2 * eps.shape[1]), eps, cond, bits):
+        d = 2 * b.to(g) - 1  # random signs [D, P]
         g += slopes(problem, d, h, e, c).mean(1) @ d / directions
 
     sum_over_processes(g)
@@ -400,9 +400,9 @@ class Rollout(NamedTuple):
 def roll_out(problem, eps, cond, branches, churn, generator=None):
     """Sample and score all branches of eps [G, ...]; return a Rollout for each micro-batch."""
     rolls = []
-    seeds = torch.randint(2**31, (len(eps),), generator=generator, device=eps.device)
-    for e, c, some in micro_batches(problem.batch // branches, eps, cond, seeds):
-        generators = [torch.Generator(e.device).manual_seed(seed) for seed in some.tolist()]
+    all_seeds = torch.randint(2**31, (len(eps),), generator=generator, device=eps.device)
+    for e, c, seeds in micro_batches(problem.batch // branches, eps, cond, all_seeds):
+        generators = [torch.Generator(e.device).manual_seed(seed) for seed in seeds.tolist()]
 
         # sample the branches, side by side: [G K, ...]
         each_eps, each_cond = e.repeat_interleave(branches, 0), c.repeat_interleave(branches, 0)

@@ -30,10 +30,9 @@ from support.run import Run
 # ---- settings; each has a flag, too, and those of a model are in models/table.py
 
 ESTIMATORS = {"fdfo": fdfo, "spsa": spsa, "central": central_difference}
-SUITS = {  # defaults of each estimator, for flags that are not given
-    "fdfo": {"pairs": 32},
-    "spsa": {"pairs": 128, "iterations": 20, "layers": "last", "rank": 1, "lr": 0.01},
-    "central": {"pairs": 2, "iterations": 30, "layers": "last", "rank": 1, "lr": 0.004},
+SUITS = {  # defaults that suit an estimator better than those of the model
+    "spsa": {"groups": 128, "iterations": 20, "layers": "last", "rank": 1, "lr": 0.01},
+    "central": {"groups": 2, "iterations": 30, "layers": "last", "rank": 1, "lr": 0.004},
 }
 WATCHED = "aesthetic,clip,edge_density,color_entropy"
 WEIGHT_DECAY = 1e-4
@@ -120,7 +119,7 @@ def main():
         started, last = time.time(), run.records[-1]
 
         # roll out and score groups, and estimate the gradient from the rewards
-        cond, seeds = draw_groups(args.seed, iteration, len(prompts), args.pairs)
+        cond, seeds = draw_groups(args.seed, iteration, len(prompts), args.groups)
         generator = seeded(args.seed, f"estimator {iteration}", args.device)
         eps, cond = flow.noise(seeds), cond.to(args.device)
         try:

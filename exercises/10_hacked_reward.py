@@ -3,7 +3,7 @@
 First train the bundled model on brightness, watch `clip`, its fit to the prompt, and look at
 report.png in the run's folder:
 
-    python train.py --reward brightness --watch clip --lr 0.003 --iterations 6 --pairs 16
+    python train.py --reward brightness --watch clip --lr 0.003 --iterations 6 --groups 16
 
 Write `change`: by how much a value changed from the base model to the trained one, and its standard
 error, from two images of each of P prompts (same noise before and after). A prompt's two images are
@@ -31,7 +31,7 @@ from exercises.hints import assert_close
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = (
-    "train.py --watch clip,brightness --iterations 6 --pairs 16 --lr 0.003 --device cpu --name run"
+    "train.py --watch clip,brightness --iterations 6 --groups 16 --lr 0.003 --device cpu --name run"
 )
 PROMPTS = (
     "guard,unicorn,pineapple,light rail,party popper,hair pick,red apple,rainbow,cat with wry smile"

@@ -43,6 +43,7 @@ class Model:
     layers: str = "attention"  # with a LoRA, as lora_files.layers_named has them
     rollout_steps: int = 10  # at most; as Flow-GRPO: docs/comparison.md
     iterations: int = 100
+    groups: int = 32  # in an iteration
     tokens: int | None = None  # of a prompt, where not as many as its pipeline takes
     variant: str | None = None  # of the files to download: "fp16" are half as large
 

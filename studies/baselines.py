@@ -34,9 +34,9 @@ def seeded_batches(problem, branches, eps, cond, generator):
     if dist.is_initialized():
         raise UserError("this estimator runs in one process: start it without torchrun")
 
-    seeds = torch.randint(2**31, (len(eps),), generator=generator, device=eps.device)
-    for e, c, part in micro_batches(problem.batch // branches, eps, cond, seeds):
-        generators = [torch.Generator(e.device).manual_seed(seed) for seed in part.tolist()]
+    all_seeds = torch.randint(2**31, (len(eps),), generator=generator, device=eps.device)
+    for e, c, seeds in micro_batches(problem.batch // branches, eps, cond, all_seeds):
+        generators = [torch.Generator(e.device).manual_seed(seed) for seed in seeds.tolist()]
         yield e, c, generators
 
 

@@ -221,7 +221,7 @@ def train_from_folder(row, toy, device):
 
         words = ["--model", folder, "--device", device, "--out", top, "--name", "run"]
         words += ["--steps", 2 if toy else 10, "--size", 64 if toy else 512, "--guidance", 1]
-        words += ["--pairs", 6, "--prompts", prompts, "--iterations"]
+        words += ["--groups", 6, "--prompts", prompts, "--iterations"]
         seconds = [run(train.main, *words, 1), run(train.main, *words, 2, "--resume")]
         words = ["--lora", run_folder, "--device", device, "--out", Path(top, "robot.png")]
         seconds.append(run(sample.main, *words, "--prompt", "robot", "--compare"))
@@ -235,7 +235,7 @@ def train_from_folder(row, toy, device):
 def train_bundled(row, toy, device):
     """Train the bundled model on the CPU and on the card; return where both end."""
     words = ["--prompts", TINY / "prompts_test.txt", "--dtype", "float32", "--name", "run"]
-    words += ["--iterations", 1 if toy else 20, "--pairs", 2 if toy else 32]
+    words += ["--iterations", 1 if toy else 20, "--groups", 2 if toy else 32]
     remarks = []
     for place in ("cpu", device):
         with tempfile.TemporaryDirectory() as top:

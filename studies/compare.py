@@ -27,10 +27,10 @@ from support.run import read_metrics
 
 BASELINE = "--estimator studies/baselines.py:"
 FDFO = "--estimator fdfo --train-steps 1"
-GRPO = f"{BASELINE}flow_grpo --pairs 8 --train-steps 2"
+GRPO = f"{BASELINE}flow_grpo --groups 8 --train-steps 2"
 CPS = f"{GRPO} --dynamics cps"
-AWM = f"{BASELINE}awm --pairs 8"
-GRADIENT = f"{BASELINE}reward_gradient --pairs 64"
+AWM = f"{BASELINE}awm --groups 8"
+GRADIENT = f"{BASELINE}reward_gradient --groups 64"
 
 
 def length(iterations):
@@ -48,12 +48,12 @@ METHODS = {  # each for about 18,000 evaluations of the network, with the best o
     "flow-grpo, cps": f"{CPS} {length(32)}",
     "awm": f"{AWM} {length(48)}",
     "awm, huber and pulls": f"{AWM} --generalized-huber --kl 0.003 --average-kl 1 {length(36)}",
-    "v-grpo": f"{BASELINE}v_grpo --pairs 8 {length(20)}",
+    "v-grpo": f"{BASELINE}v_grpo --groups 8 {length(20)}",
 }
 OTHERS = {  # as many evaluations; two need the gradient of the reward, two work for any reward
     "fdfo": f"{FDFO} --kl 1 {length(56)} --lr 0.001",
     "reward gradient": f"{GRADIENT} --train-steps 2 {length(32)} --lr 0.0002",
-    "backprop": f"{BASELINE}backprop --pairs 64 {length(32)} --lr 0.0002",
+    "backprop": f"{BASELINE}backprop --groups 64 {length(32)} --lr 0.0002",
     "spsa": f"--estimator spsa {length(24)} --lr 0.003",
     "central": f"--estimator central {length(48)}",
 }

@@ -83,7 +83,7 @@ def add_training_arguments(parser):
 
     # how long and how strongly
     add("--iterations", type=whole, help="roll-outs")
-    add("--pairs", type=whole, help="groups in an iteration, each from its own noise")
+    add("--groups", type=whole, help="groups in an iteration, each from its own noise")
     add("--rollout-steps", type=whole, help="sampling steps in training (default: 10 at most)")
     add("--lr", type=number(float, 0, 1), help="learning rate")
 

@@ -29,6 +29,6 @@ def drawn_prompts(args, prompts, shared_out):
     rank, world = processes() if shared_out else (0, 1)
     drawn = set()
     for iteration in range(1, args.iterations + 1):
-        cond, _ = draw_groups(args.seed, iteration, prompts, args.pairs)
+        cond, _ = draw_groups(args.seed, iteration, prompts, args.groups)
         drawn |= set(cond.tensor_split(world)[rank].tolist())
     return sorted(drawn)

@@ -5,7 +5,7 @@ import math
 import torch
 
 from support.errors import UserError
-from support.processes import gather_rows, processes, sum_over_processes
+from support.processes import count_over_processes, gather_rows, processes
 
 CLEAR = 3  # standard errors beyond which a change is no chance
 MATTERS = 0.1  # standard deviations between prompts from which on a change matters
@@ -48,7 +48,7 @@ class Counted:
     def pop_count(self):
         """Return the evaluations of all processes since the last call."""
         count, self.evaluations = self.evaluations, 0
-        return sum_over_processes(count)
+        return count_over_processes(count)
 
 
 class Scorer:

@@ -33,6 +33,6 @@ def gather_rows(parts):
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def sum_over_processes(number):
-    """Return the sum of a whole number over all processes."""
-    return int(gather_rows([{"number": torch.tensor([number])}])["number"].sum())
+def count_over_processes(count):
+    """Return the sum of a count over all processes."""
+    return int(gather_rows([{"count": torch.tensor([count])}])["count"].sum())

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from support.errors import UserError, first_line
 from support.evaluation import plus_minus, signs_of_hacking
 from support.pictures import animate, grid, read_grids, report, save_picture
-from support.processes import processes, sum_over_processes
+from support.processes import count_over_processes, processes
 
 # what may differ between a run and the command that resumes it
 MAY_CHANGE = "iterations out name resume device batch compile checkpointing max_requests".split()
@@ -159,7 +159,7 @@ class Run:
         if self.first:
             text = ", ".join(f"{name} {value}" for name, value in options.items())
             args, numbers = self.args, sum(p.numel() for p in lora.parameters)
-            print(f"{args.estimator}: {text}; lr {args.lr}, {args.pairs} groups an iteration")
+            print(f"{args.estimator}: {text}; lr {args.lr}, {args.groups} groups an iteration")
             print(f"LoRA: rank {args.rank} on {len(lora.layers)} layers, {numbers:,} parameters")
 
     def start(self, record, pictures, captions, parameters, optimizer, memory):
@@ -261,7 +261,7 @@ class Run:
 
     def stop_requested(self):
         """Say whether Ctrl-C was pressed in any of the processes."""
-        return sum_over_processes(len(self.interrupted)) > 0
+        return count_over_processes(len(self.interrupted)) > 0
 
     def stop(self):
         """End the process with code 130."""

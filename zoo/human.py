@@ -44,7 +44,7 @@ class Human:
             raise UserError("reward human compares the images of a group: use --estimator fdfo")
         if processes()[1] > 1:
             raise UserError("reward human: a person can answer one process alone, without torchrun")
-        self.serve(run.folder, run.args.branches, run.args.pairs, run.interrupted)
+        self.serve(run.folder, run.args.branches, run.args.groups, run.interrupted)
 
     def serve(self, folder, branches, groups, interrupted=()):
         """Serve the page, print its address and return it; answers in the folder count as given.

@@ -20,11 +20,11 @@ import torch.distributed as dist
 
 from support.errors import UserError
 from support.pictures import png
-from support.processes import processes, sum_over_processes
+from support.processes import count_over_processes, processes
 from support.run import warn
 from zoo.http import Http
 from zoo.jsonl import append_line, read_lines
-from zoo.vlm import MATCH, UNIFIED, names_and_question, questions_about, unified_score
+from zoo.vlm import MATCH, UNIFIED, Vlm, names_and_question, questions_about, unified_score
 
 SCALE = re.compile(r"\b(?:from|of|between) (\d{1,3}) ?(?:to|and|-) ?(\d{1,3})\b", re.IGNORECASE)
 NUMBER = re.compile("[xn][1-9][0-9]{0,2}")
@@ -53,6 +53,7 @@ class Judge(Http):
 
     timeout = 600
     attempts = 3  # until the first answer, so that a wrong address shows soon
+    check = Vlm.check
 
     def __init__(self, model, question=MATCH, at=16, samples=None):
         url = os.environ.get("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
@@ -114,11 +115,6 @@ class Judge(Http):
         self.answer_all(list(bodies.items()))
         values = [torch.tensor([self.answers.values[key] for key in some]) for some in keys]
         return torch.stack([some.nanmean() for some in values])
-
-    def check(self, prompts):
-        """UserError if a prompt lacks the questions that are to be asked."""
-        for prompt in prompts:
-            questions_about(prompt, self.question)
 
     def answer_all(self, questions):
         """Find the value of each question (key, body), `at` of them at a time.
@@ -277,7 +273,7 @@ class Answers:
 
     def record(self):
         """Return the requests and tokens of all processes since the run began."""
-        return {name: sum_over_processes(number) for name, number in self.spent.items()}
+        return {name: count_over_processes(number) for name, number in self.spent.items()}
 
 
 @functools.cache
