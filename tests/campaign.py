@@ -57,14 +57,14 @@ with ThreadingHTTPServer(("127.0.0.1", 0), None) as server:
 SMALL = "--prompts two.txt --model tiny --device cpu --steps 2 --size 32 --batch 8"
 SAMPLE = f"sample.py {SMALL} --n 1 --lora lora.safetensors --out a.png"
 TRAIN = f"train.py {SMALL} --reward brightness --watch brightness --estimator fdfo --layers last"
-TRAIN += " --rank 2 --pairs 2 --lr 0.002 --eval-every 2 --name x --iterations 4"
+TRAIN += " --rank 2 --groups 2 --lr 0.002 --eval-every 2 --name x --iterations 4"
 BASELINES = f"--estimator {ROOT}/studies/baselines.py"
 RUNS = {
     "fdfo": "--branches 3",
     "further": "--init-lora lora.safetensors",
-    "spsa": "--estimator spsa --pairs 4 --directions 2",
+    "spsa": "--estimator spsa --groups 4 --directions 2",
     "central": "--estimator central --coordinates 2",
-    "fdfo_published": f"{BASELINES}:fdfo_published --pairs 4 --updates 2",
+    "fdfo_published": f"{BASELINES}:fdfo_published --groups 4 --updates 2",
     "flow_grpo": f"{BASELINES}:flow_grpo --branches 2 --updates 2",
     "awm": f"{BASELINES}:awm --branches 2 --average-kl 1",
     "service": f"--reward http://127.0.0.1:{PORT}/score",
@@ -396,7 +396,7 @@ MISTAKES = {
         --init-lora folder ; --init-lora models/tiny-sd3/vae/diffusion_pytorch_model.safetensors
         --layers to_x ; --layers '' ; --out two.txt ; --out /proc/runs ; --name ../x ; --name 'a b'
         --name old ; --name old --resume ; --name no --resume ; aesthetic ; –lr 0.1 ; --lr 10
-        --pairs 0 ; --pairs ten ; --rank 2.5 ; --lr 1,5 ; --lr nan ; --seed -1 ; --iterations ''""",
+        --groups 0 ; --groups ten ; --rank 2.5 ; --lr 1,5 ; --lr nan ; --seed -1""",
     "sample.py": """--prompt ; --n 0 ; --n 1e1 ; --lora no ; --lora words ; --lora folder
         --lora runs
         --lora models/tiny-sd3/vae/diffusion_pytorch_model.safetensors ; --out no/a.png

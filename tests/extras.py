@@ -39,7 +39,7 @@ def test_a_person_trains_the_tiny_model_in_a_browser(tmp_path):
     Once an answer cannot be saved. Before the last one Ctrl-C stops the run; --resume asks for that
     alone.
     """
-    small = "--pairs 3 --steps 2 --iterations 2 --lr 0.005 --watch brightness --name by-hand"
+    small = "--groups 3 --steps 2 --iterations 2 --lr 0.005 --watch brightness --name by-hand"
     command = [sys.executable, str(ROOT / "train.py"), "--reward", "human", *small.split()]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     folder = tmp_path / "runs" / "by-hand"

@@ -34,7 +34,7 @@ from support.prompts import read_prompts
 from support.run import Run
 from tests.commands import ROOT, exit_code, last_line, metrics, run, start, state_of
 
-SHORT = "--reward colorfulness --pairs 8 --steps 2 --lr 2e-3 --eval-every 4".split()
+SHORT = "--reward colorfulness --groups 8 --steps 2 --lr 2e-3 --eval-every 4".split()
 SHORT += ["--prompts", ROOT / "tiny" / "prompts_test.txt"]  # 13 of which are held out
 
 
@@ -126,7 +126,7 @@ def test_drawing_otherwise_than_trained_is_said(whole, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize(
-    "estimator", ["spsa --pairs 8 --directions 4", "central --coordinates 4 --pairs 2"]
+    "estimator", ["spsa --groups 8 --directions 4", "central --coordinates 4 --groups 2"]
 )
 def test_other_estimators_run_from_the_same_command_line(estimator, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("sun\nrobot")
@@ -216,7 +216,7 @@ def test_a_resumed_run_may_go_on_for_longer_on_a_model_that_moved(whole, tmp_pat
 def test_prompts_that_changed_are_noticed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("sun\nrobot")
-    small = "--reward brightness --watch brightness --prompts prompts.txt --pairs 2 --steps 2"
+    small = "--reward brightness --watch brightness --prompts prompts.txt --groups 2 --steps 2"
     command = ["train.py", *small.split(), "--iterations"]
     assert exit_code(train.main, monkeypatch, *command, 1) == 0
     assert exit_code(train.main, monkeypatch, *command, 2, "--resume") == 0
@@ -230,7 +230,7 @@ def test_gradients_too_large_for_float16_are_scaled_down(tmp_path, monkeypatch, 
     """A resumed run scales them as the run that was not interrupted."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("sun\nrobot")
-    small = "--reward brightness --watch brightness --prompts prompts.txt --pairs 2 --steps 2"
+    small = "--reward brightness --watch brightness --prompts prompts.txt --groups 2 --steps 2"
     small += " --size 32 --rank 2 --layers last --lr 0.0004 --dtype float16"
     command = ["train.py", *small.split(), "--iterations"]
     monkeypatch.setattr(models.flow, "LARGER", 2.0**18)
@@ -280,7 +280,7 @@ def test_two_runs_at_once_with_one_name(tmp_path):
 def test_a_run_that_was_killed_before_its_first_record_begins_anew(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("sun\nrobot")
     monkeypatch.chdir(tmp_path)
-    small = "--reward brightness --watch brightness --prompts prompts.txt --pairs 2 --steps 2"
+    small = "--reward brightness --watch brightness --prompts prompts.txt --groups 2 --steps 2"
     command = ["train.py", *small.split(), "--iterations", 1]
     with monkeypatch.context() as patch, pytest.raises(KeyError):
 
@@ -322,7 +322,7 @@ def test_a_service_that_goes_down_loses_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("zoo.http.time.sleep", lambda seconds: None)
     (tmp_path / "prompts.txt").write_text("sun\nrobot")
-    small = "--prompts prompts.txt --pairs 2 --steps 2 --iterations 4 --watch brightness --name x"
+    small = "--prompts prompts.txt --groups 2 --steps 2 --iterations 4 --watch brightness --name x"
     url = f"http://127.0.0.1:{server.server_port}/score"
     command = ["train.py", "--reward", url, *small.split()]
 
@@ -339,7 +339,7 @@ def test_a_service_that_goes_down_loses_nothing(tmp_path, monkeypatch, capsys):
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("sun\nrobot")
-    small = "--reward brightness --watch brightness --prompts prompts.txt --pairs 2 --steps 2"
+    small = "--reward brightness --watch brightness --prompts prompts.txt --groups 2 --steps 2"
     command = ["train.py", *small.split(), "--iterations", 4, "--name", "x"]
     save, calls = torch.save, []
 
@@ -384,7 +384,8 @@ def test_memory_that_is_not_there_is_one_line(monkeypatch, capsys):
 
 @pytest.mark.ci
 def test_a_hacked_reward_is_called_out(tmp_path):
-    args = "--reward brightness --kl 0 --pairs 16 --steps 2 --lr 2e-3 --iterations 8 --eval-every 8"
+    args = "--reward brightness --kl 0 --groups 16 --steps 2 --lr 2e-3 --iterations 8"
+    args += " --eval-every 8"
     code, out, err = run("train.py", *args.split(), cwd=tmp_path)
     assert code == 0 and "warning: the reward rose" in err
     assert "clip -" in err and "may be hacked" in err
@@ -503,7 +504,7 @@ BAD = {
     "--name missing --resume": "missing is not the folder of a run",
     "--name taken --resume --lr 0.1": "the run was started with --lr 0.0005",
     "--name list --resume": "list is not the folder of a run",
-    "--estimator spsa --pairs 10 --iterations 1": "10 groups cannot be dealt out evenly to 16 dire",
+    "--estimator spsa --groups 10 --iterations 1": "10 groups cannot be dealt out evenly",
     "--device cuda:99": "--device cuda:99",
     "--device meta": "--device meta",
 }
@@ -554,7 +555,7 @@ def test_a_run_that_failed_before_its_first_record_frees_its_name(files_of_a_use
 
 @pytest.mark.parametrize("flags", ["--reward broken.py:f", "--estimator own.py:broken"])
 def test_a_mistake_in_ones_own_code_shows_its_traceback(flags, files_of_a_user, monkeypatch):
-    small = "--prompts two.txt --pairs 2 --steps 2 --watch brightness --iterations 1".split()
+    small = "--prompts two.txt --groups 2 --steps 2 --watch brightness --iterations 1".split()
     kind = KeyError if "reward" in flags else ValueError
     with pytest.raises(kind, match="no luck") as error:
         exit_code(train.main, monkeypatch, "train.py", *flags.split(), *small)

@@ -26,7 +26,7 @@ TEST = ROOT / "tiny" / "prompts_test.txt"
 def trained(tmp_path_factory):
     """The folder of a short run, and that which it was started in."""
     cwd = tmp_path_factory.mktemp("evaluate")
-    flags = "--reward colorfulness --watch brightness,clip --pairs 8 --steps 2 --lr 2e-3"
+    flags = "--reward colorfulness --watch brightness,clip --groups 8 --steps 2 --lr 2e-3"
     flags += f" --iterations 4 --prompts {TEST} --name x"
     code, _, err = run("train.py", *flags.split(), cwd=cwd)
     assert code == 0, err

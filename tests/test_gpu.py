@@ -27,7 +27,7 @@ from tests.commands import numbers
 from tests.fake_gpu import fake_gpu
 
 torch.set_num_threads(1)
-QUICK = "--pairs 2 --steps 2 --size 64 --iterations 1 --dtype float32".split()
+QUICK = "--groups 2 --steps 2 --size 64 --iterations 1 --dtype float32".split()
 
 
 @pytest.fixture

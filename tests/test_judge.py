@@ -430,7 +430,7 @@ def start(server, tmp_path):
     """A function that starts a short run: three held-out prompts, eight images an iteration."""
     lines = (ROOT / "tiny" / "prompts_train.txt").read_text().splitlines()
     (tmp_path / "prompts.txt").write_text("\n".join(lines[:24]))
-    small = "--pairs 4 --steps 2 --prompts prompts.txt --name run --iterations 3"
+    small = "--groups 4 --steps 2 --prompts prompts.txt --name run --iterations 3"
     watch = 'judge:fine:x1:"Is it red, or blue?"'
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 

@@ -104,7 +104,7 @@ def test_every_network_has_every_kind_of_layers(name, which):
 def train_from(lora, monkeypatch, out, *flags):
     """Train the bundled model for an iteration, from a LoRA; its folder."""
     (out / "prompts.txt").write_text("sun\nrobot")
-    small = "--reward brightness --watch brightness --pairs 2 --steps 2 --iterations 1 --lr 1e-9"
+    small = "--reward brightness --watch brightness --groups 2 --steps 2 --iterations 1 --lr 1e-9"
     command = ["train.py", *small.split(), "--prompts", out / "prompts.txt", "--out", out]
     code = exit_code(train.main, monkeypatch, *command, "--init-lora", lora, *flags)
     assert code == 0

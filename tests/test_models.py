@@ -454,7 +454,7 @@ def test_train_and_sample_run_on_a_gpu_from_the_command_line(name, tmp_path, mon
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     small = ["--size", size_for(name), "--steps", "2", "--guidance", "2", "--batch", "4"]
     command = ["train.py", "--model", str(folder(name)), *small, "--reward", "brightness"]
-    command += ["--prompts", "prompts.txt", "--pairs", "2", "--iterations", "1", "--lr", "0.01"]
+    command += ["--prompts", "prompts.txt", "--groups", "2", "--iterations", "1", "--lr", "0.01"]
     command += ["--device", "cuda", "--dtype", "float32", "--name", "run"]
     monkeypatch.setattr(sys, "argv", command)
     with fake_gpu():

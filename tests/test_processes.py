@@ -87,7 +87,7 @@ def trained(folder, launcher=()):
     folder.mkdir()
     names = (ROOT / "tiny" / "prompts_train.txt").read_text().splitlines()
     (folder / "prompts.txt").write_text("\n".join(names[:60]))  # six of which are held out
-    flags = "--reward colorfulness --pairs 8 --batch 8 --steps 2 --lr 2e-3 --iterations 2"
+    flags = "--reward colorfulness --groups 8 --batch 8 --steps 2 --lr 2e-3 --iterations 2"
     flags += " --prompts prompts.txt --watch= --out . --name run"
     code, out, err = run("train.py", *flags.split(), cwd=folder, launcher=launcher)
     assert code == 0, err
@@ -114,7 +114,7 @@ def test_torchrun_trains_as_one_process_does(tmp_path):
 
 @pytest.mark.parametrize("shared_out", [True, False])
 def test_a_process_draws_the_prompts_that_were_encoded_for_it(shared_out, monkeypatch):
-    args = argparse.Namespace(seed=0, iterations=3, pairs=7)
+    args = argparse.Namespace(seed=0, iterations=3, groups=7)
     prompts, shares = 1000, []
     for rank in range(3):
         monkeypatch.setattr(support.draws, "processes", lambda rank=rank: (rank, 3))
@@ -123,7 +123,7 @@ def test_a_process_draws_the_prompts_that_were_encoded_for_it(shared_out, monkey
         monkeypatch.setattr(dist, "get_world_size", lambda: 3)
         encoded = {*drawn_prompts(args, prompts, shared_out)}
         for iteration in (1, 2, 3):
-            cond, _ = draw_groups(args.seed, iteration, prompts, args.pairs)
+            cond, _ = draw_groups(args.seed, iteration, prompts, args.groups)
             mine = torch.cat([part for (part,) in micro_batches(2, cond)])
             assert {*mine.tolist()} <= encoded
         shares.append(encoded)

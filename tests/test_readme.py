@@ -87,7 +87,7 @@ def test_reward_and_estimator_of_ones_own_train(tmp_path):
     (tmp_path / "mine.py").write_text(block("def purple"))
     (tmp_path / "evolve.py").write_text(block("def evolution"))
     (tmp_path / "prompts.txt").write_text("sun\nrobot")
-    small = "--prompts prompts.txt --pairs 4 --steps 2 --iterations 2 --watch brightness"
+    small = "--prompts prompts.txt --groups 4 --steps 2 --iterations 2 --watch brightness"
     run(tmp_path, ROOT / "train.py", "--reward", "mine.py:purple", *small.split())
     small += " --reward colorfulness --estimator evolve.py:evolution --sigma 0.05 --rank 1"
     said = run(tmp_path, ROOT / "train.py", *small.split(), "--layers", "last")
@@ -98,7 +98,7 @@ def test_reward_and_estimator_of_ones_own_train(tmp_path):
 def test_plain_diffusers_draws_with_the_lora(tmp_path):
     (tmp_path / "tiny").symlink_to(ROOT / "tiny")
     (tmp_path / "prompts.txt").write_text("sun\nrobot")
-    small = "--prompts prompts.txt --pairs 4 --steps 2 --iterations 1 --watch brightness"
+    small = "--prompts prompts.txt --groups 4 --steps 2 --iterations 1 --watch brightness"
     run(tmp_path, ROOT / "train.py", *small.split())
     (tmp_path / "draw.py").write_text(block("load_lora_weights"))
     run(tmp_path, "draw.py")
@@ -121,12 +121,13 @@ def test_the_service_scores(tmp_path):
 
 
 # commands for cards, without what would take long here
-SIZED = r"--(model|size|batch|pairs|iterations|prompts|reward|steps) (\"[^\"]*\"|\S+)"
+SIZED = r"--(model|size|batch|groups|iterations|prompts|reward|steps) (\"[^\"]*\"|\S+)"
 ON_GPUS = [re.sub(SIZED, "", line.split("#")[0]) for line in SHELL if "GB card" in line]
 
 
 @pytest.mark.ci
 @pytest.mark.parametrize("line", sorted({" ".join(line.split()) for line in ON_GPUS}))
 def test_commands_for_gpus_run_on_the_tiny_model(line, tmp_path):
-    small = "--pairs 2 --steps 2 --iterations 1 --reward brightness --watch brightness --device cpu"
+    small = "--groups 2 --steps 2 --iterations 1 --reward brightness --watch brightness"
+    small += " --device cpu"
     run(tmp_path, ROOT / "train.py", *line.split()[2:], *small.split())

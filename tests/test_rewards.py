@@ -610,7 +610,7 @@ def test_a_person_is_asked_in_a_training_by_pairs_alone(tmp_path, monkeypatch, c
     with pytest.raises(UserError, match="only train.py can ask a person"):
         reward(grey(0.5), ["", ""])
 
-    args = SimpleNamespace(pairs=3)
+    args = SimpleNamespace(groups=3)
     run = SimpleNamespace(folder=tmp_path, args=args, interrupted=[1])
     with pytest.raises(UserError, match="use --estimator fdfo"):
         human.open(run)

@@ -437,7 +437,7 @@ def test_a_person_teaches_a_taste_in_a_browser_and_trains_with_it(tmp_path):
     choices = [line["choice"] for line in read_lines(tmp_path / "tastes/mine/preferences.jsonl")]
     assert choices == [0, 1, 0, 1, None] + 9 * [0]
 
-    small = "--watch brightness --iterations 2 --pairs 4 --steps 1 --name taught"
+    small = "--watch brightness --iterations 2 --groups 4 --steps 1 --name taught"
     command = [sys.executable, str(ROOT / "train.py"), "--reward", "taste:mine", *small.split()]
     trained = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert trained.returncode == 0 and "held-out taste:mine" in trained.stdout
