@@ -4,14 +4,11 @@ pytest -q tests/test_commands.py
 """
 
 import argparse
-import base64
-import io
 import json
 import shutil
 import signal
-import threading
+import sys
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +23,15 @@ import studies.card
 import studies.compare
 import studies.taste
 import train
-from support.arguments import fill_defaults
+from models.table import find_model
+from support.arguments import fill_defaults, parse_training_args
 from support.errors import UserError, run_command
 from support.evaluation import mean_and_error, signs_of_hacking
 from support.pictures import animate, read_grids, save_picture
 from support.prompts import read_prompts
 from support.run import Run
 from tests.commands import ROOT, exit_code, last_line, metrics, run, start, state_of
+from zoo.http import Http
 
 SHORT = "--reward colorfulness --groups 8 --steps 2 --lr 2e-3 --eval-every 4".split()
 SHORT += ["--prompts", ROOT / "tiny" / "prompts_test.txt"]  # 13 of which are held out
@@ -45,6 +44,23 @@ def whole(tmp_path_factory):
     code, out, err = run("train.py", *SHORT, "--iterations", 8, cwd=cwd)
     assert code == 0, err
     return cwd / "runs" / "colorfulness", out
+
+
+@pytest.fixture
+def train_small(tmp_path, monkeypatch):
+    """A function that trains with a few flags on two prompts, in this process: its exit code.
+
+    The run is runs/x in the working directory.
+    """
+    (tmp_path / "prompts.txt").write_text("sun\nrobot")
+    monkeypatch.chdir(tmp_path)
+    small = "--watch brightness --prompts prompts.txt --groups 2 --steps 2 --name x".split()
+
+    def call(flags, *more):
+        command = ["train.py", *small, "--reward", "brightness", *flags.split(), *more]
+        return exit_code(train.main, monkeypatch, *command)
+
+    return call
 
 
 # ---- a whole run
@@ -126,16 +142,23 @@ def test_drawing_otherwise_than_trained_is_said(whole, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize(
-    "estimator", ["spsa --groups 8 --directions 4", "central --coordinates 4 --groups 2"]
+    "flags", ["spsa --groups 8 --directions 4", "central --coordinates 4 --groups 2"]
 )
-def test_other_estimators_run_from_the_same_command_line(estimator, tmp_path, monkeypatch):
-    (tmp_path / "prompts.txt").write_text("sun\nrobot")
-    monkeypatch.chdir(tmp_path)
-    small = "--reward brightness --prompts prompts.txt --steps 2 --iterations 1".split()
-    command = ["train.py", "--estimator", *estimator.split(), *small]
-    assert exit_code(train.main, monkeypatch, *command) == 0
-    last = metrics(tmp_path / "runs" / "brightness")[-1]
+def test_other_estimators_run_from_the_same_command_line(flags, train_small, tmp_path):
+    assert train_small(f"--iterations 1 --estimator {flags}") == 0
+    last = metrics(tmp_path / "runs" / "x")[-1]
     assert last["images"] == 16 and last["drift"] > 0
+
+
+def test_an_estimator_of_ones_own_needs_no_flags(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text("def f(problem, eps, cond, generator, h: float = 1.0): pass")
+    command = ["train.py", "--estimator", f"{tmp_path}/own.py:f"]
+    monkeypatch.setattr(sys, "argv", command)
+    args, _, _ = parse_training_args("", train.find_estimator, find_model, train.SUITS)
+    assert args.groups == 32 and args.iterations == 88 and args.h == 1
+
+    may_be_none = {"watch", "prompts", "init_lora", "name", "max_requests", "negative"}
+    assert {name for name, value in vars(args).items() if value is None} == may_be_none
 
 
 # ---- interrupted and resumed
@@ -213,51 +236,51 @@ def test_a_resumed_run_may_go_on_for_longer_on_a_model_that_moved(whole, tmp_pat
     assert metrics(tmp_path / "elsewhere" / "colorfulness")[-1]["images"] == 9 * 16
 
 
-def test_prompts_that_changed_are_noticed(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "prompts.txt").write_text("sun\nrobot")
-    small = "--reward brightness --watch brightness --prompts prompts.txt --groups 2 --steps 2"
-    command = ["train.py", *small.split(), "--iterations"]
-    assert exit_code(train.main, monkeypatch, *command, 1) == 0
-    assert exit_code(train.main, monkeypatch, *command, 2, "--resume") == 0
-    assert "have the prompts" not in capsys.readouterr().err
+def test_prompts_that_changed_are_noticed(train_small, tmp_path, capsys):
+    assert train_small("--iterations 1") == 0
     (tmp_path / "prompts.txt").write_text("moon\nrobot")
-    assert exit_code(train.main, monkeypatch, *command, 3, "--resume") == 0
+    assert train_small("--iterations 2 --resume") == 0
     assert "have the prompts, a reward or the model changed?" in capsys.readouterr().err
 
 
-def test_gradients_too_large_for_float16_are_scaled_down(tmp_path, monkeypatch, capsys):
+def test_gradients_too_large_for_float16_are_scaled_down(
+    train_small, tmp_path, monkeypatch, capsys
+):
     """A resumed run scales them as the run that was not interrupted."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "prompts.txt").write_text("sun\nrobot")
-    small = "--reward brightness --watch brightness --prompts prompts.txt --groups 2 --steps 2"
-    small += " --size 32 --rank 2 --layers last --lr 0.0004 --dtype float16"
-    command = ["train.py", *small.split(), "--iterations"]
     monkeypatch.setattr(models.flow, "LARGER", 2.0**18)
-    assert exit_code(train.main, monkeypatch, *command, 7) == 0
-    whole = metrics(tmp_path / "runs" / "brightness")
-    norms = [record["grad_norm"] for record in whole[1:]]
+    small = "--size 32 --rank 2 --layers last --lr 0.0004 --dtype float16 --iterations"
+    assert train_small(f"{small} 7") == 0
+    norms = [record["grad_norm"] for record in metrics(tmp_path / "runs" / "x")[1:]]
     assert norms[0] is None and norms[-1] > 0
     assert "the gradient was not finite" in capsys.readouterr().err
 
-    for iterations in (2, 7):
-        again = ["--name", "again", *(["--resume"] if iterations == 7 else [])]
-        assert exit_code(train.main, monkeypatch, *command, iterations, *again) == 0
+    assert train_small(f"{small} 2 --name again") == 0
+    assert train_small(f"{small} 7 --name again --resume") == 0
     resumed = metrics(tmp_path / "runs" / "again")
     assert [record["grad_norm"] for record in resumed[1:]] == norms
 
 
-def test_interrupted_run_saves_and_exits_130(tmp_path):
-    process = start("train.py", *SHORT, "--iterations", 50, "--name", "x", cwd=tmp_path)
-    folder, end = tmp_path / "runs" / "x", time.time() + 120
-    while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 2:
-        assert time.time() < end and process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
-    assert "the same command with --resume goes on" in out and "Traceback" not in err
-    assert state_of(folder)["records"][-1]["iteration"] == metrics(folder)[-1]["iteration"]
+CTRL_C = """
+import signal
+calls = []
+def f(images, prompts):
+    calls.append(prompts)
+    if len(calls) == 3:  # of the base model, of the first iteration, of the second
+        signal.raise_signal(signal.SIGINT)
+    return images.mean((1, 2, 3))
+"""
+
+
+def test_interrupted_run_saves_and_exits_130(train_small, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(CTRL_C)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert train_small("--reward mine.py:f --iterations 50") == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert "stopped after iteration 2; the same command with --resume" in capsys.readouterr().out
+    folder = tmp_path / "runs" / "x"
+    assert state_of(folder)["records"][-1]["iteration"] == metrics(folder)[-1]["iteration"] == 2
 
 
 def arguments(**given):
@@ -277,70 +300,54 @@ def test_two_runs_at_once_with_one_name(tmp_path):
     assert first.folder.name == "x" and unnamed == ["clip", "clip-2", "clip-3"]
 
 
-def test_a_run_that_was_killed_before_its_first_record_begins_anew(tmp_path, monkeypatch):
-    (tmp_path / "prompts.txt").write_text("sun\nrobot")
-    monkeypatch.chdir(tmp_path)
-    small = "--reward brightness --watch brightness --prompts prompts.txt --groups 2 --steps 2"
-    command = ["train.py", *small.split(), "--iterations", 1]
+def test_a_run_that_failed_before_its_first_record_frees_its_name(tmp_path, monkeypatch):
+    at_exit = []
+    monkeypatch.setattr("atexit.register", at_exit.append)
+    failed = Run(arguments(out=str(tmp_path), name="failed"))
+    kept = Run(arguments(out=str(tmp_path), name="kept"))
+    (kept.folder / "metrics.jsonl").write_text("{}")
+    for call in at_exit:
+        call()
+    assert not failed.folder.exists() and (kept.folder / "config.json").exists()
+
+
+def test_a_run_that_was_killed_before_its_first_record_begins_anew(
+    train_small, tmp_path, monkeypatch
+):
+    def killed(*args):
+        raise KeyError
+
     with monkeypatch.context() as patch, pytest.raises(KeyError):
-
-        def killed(*args):
-            raise KeyError
-
         patch.setattr(train, "load_flow", killed)
-        exit_code(train.main, patch, *command)
-    assert (tmp_path / "runs" / "brightness" / "config.json").exists()
-    assert exit_code(train.main, monkeypatch, *command, "--resume") == 0
-    assert len(metrics(tmp_path / "runs" / "brightness")) == 2
+        train_small("--iterations 1")
+    assert (tmp_path / "runs" / "x" / "config.json").exists()
+    assert train_small("--iterations 1 --resume") == 0
+    assert len(metrics(tmp_path / "runs" / "x")) == 2
 
 
 # ---- failures of the machine and of others
 
 
-def test_a_service_that_goes_down_loses_nothing(tmp_path, monkeypatch, capsys):
-    class Service(BaseHTTPRequestHandler):
-        """Scores images with the number of their dark pixels while it has answers left."""
+def test_a_service_that_goes_down_loses_nothing(train_small, tmp_path, monkeypatch, capsys):
+    answers = []
 
-        left = 3  # the base model, two iterations, and no more
+    def post(service, body):
+        answers.append(body)
+        if 3 < len(answers) < 10:  # the base model, two iterations, and no more
+            raise OSError("500 Server Error")
+        return json.dumps([1.0] * len(body["images"]))
 
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            scores = []
-            for image in body["images"]:
-                picture = Image.open(io.BytesIO(base64.b64decode(image)))
-                scores.append(sum(picture.histogram()[:128]))
-            Service.left -= 1
-            self.send_response(200 if Service.left >= 0 else 500)
-            self.end_headers()
-            self.wfile.write(json.dumps(scores).encode())
-
-        def log_message(self, *args):
-            """Say nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Service)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Http, "post", post)
     monkeypatch.setattr("zoo.http.time.sleep", lambda seconds: None)
-    (tmp_path / "prompts.txt").write_text("sun\nrobot")
-    small = "--prompts prompts.txt --groups 2 --steps 2 --iterations 4 --watch brightness --name x"
-    url = f"http://127.0.0.1:{server.server_port}/score"
-    command = ["train.py", "--reward", url, *small.split()]
-
-    assert exit_code(train.main, monkeypatch, *command) == 2
+    command = "--iterations 4 --reward http://127.0.0.1:9/score"
+    assert train_small(command) == 2
     assert "did not answer, 6 times: 500" in last_line(capsys)
     assert state_of(tmp_path / "runs" / "x")["records"][-1]["iteration"] == 2
-    Service.left = 100
-    assert exit_code(train.main, monkeypatch, *command, "--resume") == 0
-    server.shutdown()
-    server.server_close()
+    assert train_small(f"{command} --resume") == 0
     assert [r["iteration"] for r in metrics(tmp_path / "runs" / "x")] == [0, 1, 2, 3, 4]
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "prompts.txt").write_text("sun\nrobot")
-    small = "--reward brightness --watch brightness --prompts prompts.txt --groups 2 --steps 2"
-    command = ["train.py", *small.split(), "--iterations", 4, "--name", "x"]
+def test_a_full_disk_is_one_line_and_loses_nothing(train_small, tmp_path, monkeypatch, capsys):
     save, calls = torch.save, []
 
     def fill_the_disk(state, file):
@@ -350,22 +357,18 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch, capsys
         save(state, file)
 
     monkeypatch.setattr(torch, "save", fill_the_disk)
-    assert exit_code(train.main, monkeypatch, *command) == 2
+    assert train_small("--iterations 4") == 2
     assert "No space left on device; what was saved before is whole" in last_line(capsys)
     assert state_of(tmp_path / "runs" / "x")["records"][-1]["iteration"] == 2
-    assert exit_code(train.main, monkeypatch, *command, "--resume") == 0
+    assert train_small("--iterations 4 --resume") == 0
     assert len(metrics(tmp_path / "runs" / "x")) == 5
+    assert "have the prompts" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("out", ["file/in", "/proc/runs"])
-def test_a_folder_that_cannot_be_written_is_noticed_first(out, tmp_path, monkeypatch, capsys):
-    def forbid(*args):
-        raise AssertionError("work was done before")
-
-    (tmp_path / "file").write_text("")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "load_flow", forbid)
-    assert exit_code(train.main, monkeypatch, "train.py", "--out", out) == 2
+@pytest.mark.parametrize("out", ["prompts.txt/in", "/proc/runs"])
+def test_a_folder_that_cannot_be_written_is_noticed_first(out, train_small, monkeypatch, capsys):
+    monkeypatch.setattr(train, "load_flow", None)  # which fails if it is called
+    assert train_small(f"--out {out}") == 2
     assert f"cannot write to {out}" in last_line(capsys)
 
 
@@ -467,18 +470,14 @@ def test_a_study_that_cannot_write_says_so_before_the_work(study, tmp_path, monk
 BAD = {
     "--reward nonsense": "known: aesthetic, clip",
     "--reward human --estimator spsa": "use --estimator fdfo",
-    "--watch nonsense": "known: aesthetic, clip",
     "--watch human": "a person can be asked in training only",
-    "--reward brightness**2": "column 1",
     "--reward nan.py:f": "nan.py:f is undefined for all of the held-out prompts",
     "--reward short.py:f": "must return [4] numbers, not [1]",
-    "--reward missing.py:f": "there is no file missing.py",
     "--estimator newton": "known: fdfo, spsa, central, file.py:function",
     "--estimator missing.py:f": "there is no file missing.py",
     "--estimator own.py:two": "takes (problem, eps, cond, generator), then its options",
     "--estimator own.py:rest": "option more of an estimator must have a number or text as default",
     "--estimator own.py:lr": "conflicting option string: --lr",
-    "--h 0.5": "--estimator fdfo takes --branches, --churn",
     "--estimator spsa --churn 0.5": "--estimator spsa takes --h, --directions",
     "--branches 1 --iterations 1": "at least 2 branches",
     "--model nowhere": "none of tiny",
@@ -487,15 +486,12 @@ BAD = {
     "--layers nothing": "no such linear layer",
     "--prompts missing.txt": "missing.txt is not a text file of prompts: [Errno 2] No such file",
     "--prompts empty.txt": "empty.txt is empty",
-    "--prompts picture.bin": "picture.bin is not a text file",
     "--prompts broken.jsonl": "line 2 of broken.jsonl is not of the form",
     "--reward judge:x:questions": "'sun' has no questions: give --prompts FILE.jsonl",
     "--reward -jpeg_size": "--reward=-jpeg_size",
     "--iterations 0": "0 is not between 1 and",
     "--iter 5": "unrecognized arguments: --iter 5",
     "--churn -1": "-1 is not between",
-    "--lr fast": "invalid float value: 'fast'",
-    "--lr nan": "nan is not between",
     "--size large": "large is not a size like 512 or 768x512",
     "--size 100": "divisible by",
     "--negative smudge --size 64x96": "pos_embed_max_size",
@@ -503,10 +499,8 @@ BAD = {
     "--name ../escape": "--name ../escape",
     "--name missing --resume": "missing is not the folder of a run",
     "--name taken --resume --lr 0.1": "the run was started with --lr 0.0005",
-    "--name list --resume": "list is not the folder of a run",
     "--estimator spsa --groups 10 --iterations 1": "10 groups cannot be dealt out evenly",
     "--device cuda:99": "--device cuda:99",
-    "--device meta": "--device meta",
 }
 
 
@@ -527,11 +521,9 @@ def files_of_a_user(tmp_path, monkeypatch):
     }
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
-    (tmp_path / "picture.bin").write_bytes(b"\x89PNG\xff\xfe\x00")
     (tmp_path / "empty").mkdir()
-    for name, config in (("taken", '{"lr": 0.0005, "model": "tiny"}'), ("list", "[1]")):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "config.json").write_text(config)
+    (tmp_path / "runs" / "taken").mkdir(parents=True)
+    (tmp_path / "runs" / "taken" / "config.json").write_text('{"lr": 0.0005, "model": "tiny"}')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -544,13 +536,6 @@ def test_bad_arguments_end_in_one_line(flags, files_of_a_user, monkeypatch, caps
     assert exit_code(train.main, monkeypatch, *command) == 2
     line = last_line(capsys)
     assert line.startswith("train.py: ") and BAD[flags] in line
-
-
-def test_a_run_that_failed_before_its_first_record_frees_its_name(files_of_a_user):
-    flags = "--model some/where"
-    code, out, err = run("train.py", *flags.split(), "--name", "new", cwd=files_of_a_user)
-    assert code == 2 and out == "" and BAD[flags] in err.splitlines()[-1], err
-    assert not (files_of_a_user / "runs" / "new").exists()
 
 
 @pytest.mark.parametrize("flags", ["--reward broken.py:f", "--estimator own.py:broken"])

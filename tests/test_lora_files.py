@@ -3,6 +3,8 @@
 pytest -q tests/test_lora_files.py
 """
 
+import itertools
+
 import peft
 import pytest
 import torch
@@ -36,9 +38,12 @@ def small_flow(name):
 # ---- ours
 
 
-# each pipeline once, with the layers in turn; the bundled one with all
-CASES = [("tiny", which) for which in ("attention", "modulation", "all")]
-CASES += [(name, ("attention", "modulation", "all")[i % 3]) for i, name in enumerate(PIPELINES)]
+# in every run: all layers, a UNet, fused layers, a pipeline that cannot read LoRA files
+CASES = [("tiny", "all"), ("sdxl", "attention"), ("flux2-klein", "modulation")]
+CASES += [("pixart-sigma", "attention")]
+# in CI each pipeline, with the kinds of layers in turn
+for name, which in zip(PIPELINES, itertools.cycle(("modulation", "all", "attention"))):
+    CASES.append(pytest.param(name, which, marks=pytest.mark.ci))
 
 
 @pytest.mark.parametrize("name, which", CASES)
@@ -92,6 +97,7 @@ def test_layers_are_those_named():
             names("sd3", which)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("which", [*LAYERS, "all"])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_network_has_every_kind_of_layers(name, which):
@@ -121,16 +127,11 @@ def test_a_lora_is_trained_further_and_pulled_to_where_it_began(tmp_path, monkey
 
     folder_of_run = train_from(tmp_path, monkeypatch, tmp_path, "--rank", 4, "--kl", 1)
     assert "frozen" not in capsys.readouterr().err
-    before, after = (
-        load_file(tmp_path / "lora.safetensors"),
-        load_file(folder_of_run / "lora.safetensors"),
-    )
-    assert before.keys() == after.keys()
-    for name in before:
-        torch.testing.assert_close(after[name], before[name], rtol=1e-3, atol=1e-6)
+    before = load_file(tmp_path / "lora.safetensors")
+    after = load_file(folder_of_run / "lora.safetensors")
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-6)
     # at the start of training the model is the one with the LoRA
-    drift = metrics(folder_of_run)[-1]["drift"]
-    assert drift < 1e-4
+    assert metrics(folder_of_run)[-1]["drift"] < 1e-4
 
     # the pull is to the start, not to the base model
     theta = torch.cat([p.detach().flatten() for p in lora.parameters])
@@ -141,9 +142,8 @@ def test_a_lora_is_trained_further_and_pulled_to_where_it_began(tmp_path, monkey
         for p in lora.parameters:
             p.data *= 2
         with lora.switched_off():
-            torch.testing.assert_close(
-                first.velocity(x, 1.0, cond), with_lora, rtol=1e-4, atol=1e-5
-            )
+            again = first.velocity(x, 1.0, cond)
+    torch.testing.assert_close(again, with_lora, rtol=1e-4, atol=1e-5)
 
 
 def test_a_lora_of_other_layers_is_merged_into_the_weights(tmp_path, monkeypatch, capsys):
@@ -164,12 +164,10 @@ def test_a_lora_of_other_layers_is_merged_into_the_weights(tmp_path, monkeypatch
 # ---- those of other programs
 
 PEFT = {
-    "plain": {},
     "rsLoRA": {"use_rslora": True},
     "DoRA": {"use_dora": True},
     "biases": {"lora_bias": True},
     "convolutions": {"target_modules": ["to_q", "pos_embed.proj"]},
-    "dropout": {"lora_dropout": 0.5},
     "patterns": {
         "rank_pattern": {"blocks.1.attn.to_q": 2, "to_out.0": 5},
         "alpha_pattern": {"to_q": 1, r"transformer_blocks\.[2-4]\.attn\.to_out\.0": 11},
@@ -187,7 +185,6 @@ def test_lora_of_peft_loads_here(kind, tmp_path):
     options = {"r": 3, "lora_alpha": 7, "target_modules": ["to_q", "to_out.0"]}
     config = peft.LoraConfig(**options | {"init_lora_weights": False} | PEFT[kind])
     pipe.transformer.add_adapter(config)
-    pipe.transformer.eval()  # without dropout
     expected = their_images(pipe, flow, PROMPTS[:2], SEEDS, steps=2)
     assert (expected - base).abs().max() > 0.05
     layers = peft.get_peft_model_state_dict(pipe.transformer)
@@ -199,24 +196,21 @@ def test_lora_of_peft_loads_here(kind, tmp_path):
 
 
 LAYOUTS = {  # a model, and how another program names the layers and matrices of its LoRA
-    "kohya, SD": ("sd-turbo", "lora_unet_", "lora_down", "lora_up", "_"),
     "kohya, SDXL": ("sdxl", "lora_unet_", "lora_down", "lora_up", "_"),
     "diffusers, SD": ("sd-turbo", "unet.", "lora_A", "lora_B", "."),
-    "diffusers, Flux": ("flux-schnell", "transformer.", "lora_A", "lora_B", "."),
     "half kohya, Flux": ("flux-schnell", "transformer.", "lora_down", "lora_up", "."),
 }
 
 
-@pytest.mark.parametrize("with_alphas", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_files_of_other_programs_load_with_their_alphas(layout, with_alphas, tmp_path):
+def test_files_of_other_programs_load_with_their_alphas(layout, tmp_path):
     name, start, A, B, dot = LAYOUTS[layout]
     ours, theirs = small_flow(name), small_flow(name)
     tensors, rank = {}, 4
     for i, (key, layer) in enumerate(random_lora(ours).layers.items()):
         key = start + key.replace(".", dot)
         tensors |= {f"{key}.{A}.weight": layer.A.detach(), f"{key}.{B}.weight": layer.B.detach()}
-        alpha = [rank, 1.0, 2.0][i % 3] if with_alphas else rank
+        alpha = [rank, 1.0, 2.0][i % 3]
         if alpha != rank:  # which is the alpha of a layer that has none in the file
             tensors[f"{key}.alpha"] = torch.tensor(alpha)
         layer.scale = alpha / rank

@@ -113,7 +113,9 @@ def test_a_pipeline_may_write_into_the_prompts_it_is_given():
     assert prompts == ["red apple", "sun"] and flow.prompts == prompts
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "qwen-image", "z-image"])
+@pytest.mark.parametrize(
+    "name", some_in_ci(["sdxl", "sd3", "qwen-image", "z-image"], ["sd3", "qwen-image"])
+)
 def test_a_negative_prompt_is_that_of_the_pipeline(name):
     flow = make_flow(folder(name), PROMPTS[:2], steps=2, guidance=4, negative="a smudge")
     theirs = their_images(load_theirs(folder(name)), flow, PROMPTS[:2], SEEDS, steps=2)
@@ -283,8 +285,9 @@ ESTIMATORS = {
 }
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("name", ["sd3", "sdxl"])
+@pytest.mark.parametrize(
+    "name, estimator", [("sdxl", "fdfo"), ("sd3", "fdfo"), ("sd3", "spsa"), ("sd3", "central")]
+)
 def test_training_changes_the_lora_and_nothing_else(name, estimator):
     flow = make_flow(folder(name), steps=3, guidance=1)
     layers = layers_named(flow.network, "attention" if estimator == "fdfo" else "last")
@@ -348,7 +351,7 @@ HALF = [("bfloat16", 0.03, 0.95), ("float16", 0.003, 0.999)]  # of 8 or 11 bits
 
 
 @pytest.mark.parametrize("dtype, tolerance, aligned", HALF)
-@pytest.mark.parametrize("name", ["sd3", "sd1.5", "z-image"])
+@pytest.mark.parametrize("name", some_in_ci(["sd3", "sd1.5", "z-image"], ["sd3"]))
 def test_half_precision_is_float32_but_for_rounding(
     name, dtype, tolerance, aligned, without_onednn
 ):
@@ -414,7 +417,7 @@ def gradient_of_fdfo(flow):
     return torch.cat([p.grad.flatten() for p in lora.parameters if p.grad is not None])
 
 
-@pytest.mark.parametrize("name", some_in_ci(NETWORKS, ["chroma", "sdxl", "flux2-klein"]))
+@pytest.mark.parametrize("name", some_in_ci(NETWORKS, ["chroma", "sdxl"]))
 def test_checkpointing_gives_the_same_gradient(name):
     grads = []
     if name == "chroma":  # diffusers 0.42 leaves out a mask
@@ -493,15 +496,15 @@ def test_models_that_cannot_be_loaded_say_why(tmp_path):
     assert "makes 64 of it" in complaint(folder("flux-schnell"), size="72")
 
 
-OTHERS = ["StableCascadeCombinedPipeline", "KandinskyPipeline", "WanPipeline", "IFPipeline"]
-OTHERS += ["StableDiffusionImg2ImgPipeline", "QwenImageEditPipeline", "FluxControlNetPipeline"]
-OTHERS += ["StableAudioPipeline", "SanaImageToVideoPipeline", "NoPipeline"]
+# a cascade, a prior, a video, pixels without a VAE, pictures to change, controls, sound, nothing
+OTHERS = "StableCascadeCombined Kandinsky Wan IF StableDiffusionImg2Img QwenImageEdit "
+OTHERS += "FluxControlNet StableAudio SanaImageToVideo No"
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", OTHERS.split())
 def test_what_is_not_text_to_image_says_so(name, tmp_path):
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
-    assert f"is a {name}, not text to image" in complaint(tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": f"{name}Pipeline"}))
+    assert f"is a {name}Pipeline, not text to image" in complaint(tmp_path)
 
 
 def test_a_network_that_predicts_something_else_says_so(tmp_path):
