@@ -14,7 +14,7 @@ from models.flow import load_flow
 from models.lora_files import layers_named
 from models.table import TINY, find_model
 from support.arguments import fill_defaults
-from tests.pipelines import PIPELINES
+from tests.pipelines import PIPELINES, randomize
 
 torch.set_num_threads(1)
 PROMPTS = ["red apple", "a robot that sings in the rain", "sun"]  # of different length
@@ -33,7 +33,7 @@ def folder(name):
             link.symlink_to(TINY / part)
 
     torch.manual_seed(0)
-    PIPELINES[name]().save_pretrained(Path(TOP.name, name))
+    randomize(PIPELINES[name]()).save_pretrained(Path(TOP.name, name))
     return Path(TOP.name, name)
 
 

@@ -1,9 +1,8 @@
 """Small random pipelines of many diffusers classes, complete with tokenizers and text encoders.
 
     torch.manual_seed(0)
-    pipe = PIPELINES["sana"]()
-    size = {"height": 64, "width": 64}
-    pipe(prompt=["red apple"], num_inference_steps=2, **size, **OPTIONS.get("sana", {}))
+    pipe = randomize(PIPELINES["sana"]())
+    pipe(prompt=["red apple"], num_inference_steps=2, height=64, width=64)
 
 Parts are of the classes that the published models have, schedulers are configured as theirs, and
 no weight is left at zero, so that images depend on prompt, noise and time. Nothing is downloaded.
@@ -210,22 +209,6 @@ STABLE_DIFFUSION_SCHEDULE = {
 }
 
 
-def randomize(pipe):
-    """Add noise to all weights, of which some start at zero; no dropout, as after loading."""
-    for name, part in pipe.components.items():
-        if not isinstance(part, torch.nn.Module):
-            continue
-        part.eval()
-
-        # with less the words of a prompt hardly show, and with more in the VAE images are clipped
-        scale = 0.5 if name.startswith("text_encoder") else 0.05 if name == "vae" else 0.15
-        for p in part.parameters():
-            p.data += scale * torch.randn(p.shape)
-
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def unet(cross, **options):
     return diffusers.UNet2DConditionModel(
         sample_size=8,
@@ -242,7 +225,7 @@ def unet(cross, **options):
 
 
 def sd(scheduler, **options):
-    pipe = diffusers.StableDiffusionPipeline(
+    return diffusers.StableDiffusionPipeline(
         vae=vae(4),
         text_encoder=clip_encoder(16),
         tokenizer=clip_tokenizer(),
@@ -253,8 +236,6 @@ def sd(scheduler, **options):
         requires_safety_checker=False,
     )
 
-    return randomize(pipe)
-
 
 def sdxl(scheduler, **options):
     size_embedding = {
@@ -263,7 +244,7 @@ def sdxl(scheduler, **options):
         "projection_class_embeddings_input_dim": 64,
     }
 
-    pipe = diffusers.StableDiffusionXLPipeline(
+    return diffusers.StableDiffusionXLPipeline(
         vae=sdxl_vae(),
         text_encoder=clip_encoder(16),
         text_encoder_2=clip_encoder_with_projection(24),
@@ -272,8 +253,6 @@ def sdxl(scheduler, **options):
         unet=unet(40, **size_embedding),
         scheduler=scheduler(**STABLE_DIFFUSION_SCHEDULE, **options),
     )
-
-    return randomize(pipe)
 
 
 # what many transformers have in common
@@ -293,7 +272,7 @@ def sd3(with_t5=True, **shift):
     )
     no_convs = {"use_quant_conv": False, "use_post_quant_conv": False}
 
-    pipe = diffusers.StableDiffusion3Pipeline(
+    return diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowEuler(**shift),
         vae=vae(16, scaling_factor=1.5305, shift_factor=0.0609, **no_convs),
@@ -304,8 +283,6 @@ def sd3(with_t5=True, **shift):
         text_encoder_3=t5_encoder(40) if with_t5 else None,
         tokenizer_3=t5_tokenizer() if with_t5 else None,
     )
-
-    return randomize(pipe)
 
 
 def flux(guidance_embeds, **shift):
@@ -318,7 +295,7 @@ def flux(guidance_embeds, **shift):
         guidance_embeds=guidance_embeds,
     )
 
-    pipe = diffusers.FluxPipeline(
+    return diffusers.FluxPipeline(
         scheduler=FlowEuler(**shift),
         vae=flux_vae(),
         text_encoder=clip_encoder(16),
@@ -327,8 +304,6 @@ def flux(guidance_embeds, **shift):
         tokenizer_2=t5_tokenizer(),
         transformer=transformer,
     )
-
-    return randomize(pipe)
 
 
 def flux2_klein():
@@ -341,15 +316,13 @@ def flux2_klein():
         guidance_embeds=False,
     )
 
-    pipe = diffusers.Flux2KleinPipeline(
+    return diffusers.Flux2KleinPipeline(
         scheduler=FlowEuler(use_dynamic_shifting=True, shift=3.0),
         vae=diffusers.AutoencoderKLFlux2(**BLOCKS, latent_channels=4, layers_per_block=1),
         text_encoder=transformers.Qwen3ForCausalLM(qwen3_config(layers=28)),
         tokenizer=qwen_tokenizer(),
         transformer=transformer,
     )
-
-    return randomize(pipe)
 
 
 def chroma():
@@ -363,7 +336,7 @@ def chroma():
         approximator_num_channels=16,
     )
 
-    pipe = diffusers.ChromaPipeline(
+    return diffusers.ChromaPipeline(
         scheduler=FlowEuler(use_dynamic_shifting=True, shift=3.0),
         vae=flux_vae(),
         text_encoder=t5_encoder(24),
@@ -371,23 +344,19 @@ def chroma():
         transformer=transformer,
     )
 
-    return randomize(pipe)
-
 
 def ovis():
     transformer = diffusers.OvisImageTransformer2DModel(
         **SMALL, num_single_layers=2, joint_attention_dim=16, axes_dims_rope=(4, 6, 6)
     )
 
-    pipe = diffusers.OvisImagePipeline(
+    return diffusers.OvisImagePipeline(
         scheduler=FlowEuler(use_dynamic_shifting=True, shift=3.0),
         vae=flux_vae(),
         text_encoder=transformers.Qwen3Model(qwen3_config()),
         tokenizer=qwen_tokenizer(),
         transformer=transformer,
     )
-
-    return randomize(pipe)
 
 
 def qwen_image():
@@ -396,7 +365,7 @@ def qwen_image():
     )
     config = vision_language_config(transformers.Qwen2_5_VLConfig, fullatt_block_indexes=[0])
 
-    pipe = diffusers.QwenImagePipeline(
+    return diffusers.QwenImagePipeline(
         scheduler=FlowEuler(
             use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
         ),
@@ -405,8 +374,6 @@ def qwen_image():
         tokenizer=qwen_tokenizer(),
         transformer=transformer,
     )
-
-    return randomize(pipe)
 
 
 def krea2():
@@ -427,7 +394,7 @@ def krea2():
     )
     config = vision_language_config(transformers.Qwen3VLConfig, deepstack_visual_indexes=[0])
 
-    pipe = diffusers.Krea2Pipeline(
+    return diffusers.Krea2Pipeline(
         scheduler=FlowEuler(use_dynamic_shifting=True, max_image_seq_len=6400),
         vae=qwen_vae(),
         text_encoder=transformers.Qwen3VLModel(config),
@@ -435,8 +402,6 @@ def krea2():
         transformer=transformer,
         text_encoder_select_layers=(1, 2),
     )
-
-    return randomize(pipe)
 
 
 def z_image():
@@ -451,15 +416,13 @@ def z_image():
         axes_lens=[1024, 32, 32],
     )
 
-    pipe = diffusers.ZImagePipeline(
+    return diffusers.ZImagePipeline(
         scheduler=FlowEuler(shift=3.0),
         vae=flux_vae(),
         text_encoder=transformers.Qwen3Model(qwen3_config()),
         tokenizer=qwen_tokenizer(),
         transformer=transformer,
     )
-
-    return randomize(pipe)
 
 
 def sana():
@@ -476,15 +439,13 @@ def sana():
         use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
     )
 
-    pipe = diffusers.SanaPipeline(
+    return diffusers.SanaPipeline(
         tokenizer=gemma_tokenizer(),
         text_encoder=gemma_encoder(),
         vae=sana_vae(),
         transformer=transformer,
         scheduler=scheduler,
     )
-
-    return randomize(pipe)
 
 
 def lumina2():
@@ -500,15 +461,13 @@ def lumina2():
         cap_feat_dim=16,
     )
 
-    pipe = diffusers.Lumina2Pipeline(
+    return diffusers.Lumina2Pipeline(
         transformer=transformer,
         scheduler=FlowEuler(shift=6.0),
         vae=flux_vae(),
         text_encoder=gemma_encoder(),
         tokenizer=gemma_tokenizer(),
     )
-
-    return randomize(pipe)
 
 
 def auraflow():
@@ -524,7 +483,7 @@ def auraflow():
     )
     config = transformers.UMT5Config(vocab_size=512, d_model=16, **T5)
 
-    pipe = diffusers.AuraFlowPipeline(
+    return diffusers.AuraFlowPipeline(
         tokenizer=llama_tokenizer(),
         text_encoder=transformers.UMT5EncoderModel(config),
         vae=sdxl_vae(),
@@ -532,23 +491,19 @@ def auraflow():
         scheduler=FlowEuler(shift=1.73),
     )
 
-    return randomize(pipe)
-
 
 def pixart_sigma():
     transformer = diffusers.PixArtTransformer2DModel(
         **SMALL, sample_size=8, caption_channels=24, cross_attention_dim=32
     )
 
-    pipe = diffusers.PixArtSigmaPipeline(
+    return diffusers.PixArtSigmaPipeline(
         tokenizer=t5_tokenizer(),
         text_encoder=t5_encoder(24),
         vae=sdxl_vae(),
         transformer=transformer,
         scheduler=diffusers.DPMSolverMultistepScheduler(),  # its defaults are those of the model
     )
-
-    return randomize(pipe)
 
 
 def cogview4():
@@ -557,15 +512,13 @@ def cogview4():
     )
     shift = {"base_shift": 0.25, "max_shift": 0.75, "time_shift_type": "linear"}
 
-    pipe = diffusers.CogView4Pipeline(
+    return diffusers.CogView4Pipeline(
         tokenizer=glm_tokenizer(),
         text_encoder=transformers.GlmModel(transformers.GlmConfig(**LANGUAGE_MODEL)),
         vae=flux_vae(),
         transformer=transformer,
         scheduler=FlowEuler(use_dynamic_shifting=True, **shift),
     )
-
-    return randomize(pipe)
 
 
 PIPELINES = {
@@ -600,8 +553,18 @@ PIPELINES = {
     "cogview4": cogview4,
 }
 
-# what calls need besides, so that images have the size that was asked for
-OPTIONS = {
-    "sana": {"use_resolution_binning": False},
-    "pixart-sigma": {"use_resolution_binning": False},
-}
+
+def randomize(pipe):
+    """Add noise to all weights, of which some start at zero; no dropout, as after loading."""
+    for name, part in pipe.components.items():
+        if not isinstance(part, torch.nn.Module):
+            continue
+        part.eval()
+
+        # with less the words of a prompt hardly show, and with more in the VAE images are clipped
+        scale = 0.5 if name.startswith("text_encoder") else 0.05 if name == "vae" else 0.15
+        for p in part.parameters():
+            p.data += scale * torch.randn(p.shape)
+
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
