@@ -187,8 +187,10 @@ def test_the_reward_gradient_is_exact_where_the_velocity_is_constant():
     torch.testing.assert_close(copied, estimated(problem, backprop, *groups))
 
 
-@pytest.mark.parametrize("estimator", [backprop, baselines.reward_gradient])
-def test_a_lost_reward_adds_nothing_to_an_exact_gradient(estimator):
+@pytest.mark.parametrize(
+    "estimator", [backprop, baselines.reward_gradient, partial(fdfo_published, updates=1)]
+)
+def test_a_lost_reward_adds_nothing_to_a_gradient(estimator):
     problem, (eps, cond) = small_problem(), draw(6)
     rest = estimated(problem, estimator, eps[:-1], cond[:-1], seed(0)) * 5 / 6
     reward = problem.reward

@@ -348,7 +348,7 @@ def test_killed_at_random_moments_nothing_is_lost(tmp_path):
 
 @pytest.mark.ci
 def test_a_person_teaches_a_taste_in_a_browser(tmp_path, monkeypatch):
-    """Choices by keyboard and mouse; then the taste is a reward by its name."""
+    """What the page of a study shows beyond that of a training (tests/extras.py)."""
     from playwright.sync_api import sync_playwright
 
     run, url = start("-m", "studies.taste", *SMALL, "--choices", "12", cwd=tmp_path)
@@ -358,13 +358,10 @@ def test_a_person_teaches_a_taste_in_a_browser(tmp_path, monkeypatch):
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         page.goto(url)
         page.wait_for_selector("text=choice 1 of 12")
-        assert page.locator("img").count() == 2 and page.locator("#gauge").is_hidden()
+        assert page.locator("#gauge").is_hidden()
 
-        for number, key in enumerate(["ArrowLeft", "ArrowRight", "1", "2", "Space"], 2):
-            page.keyboard.press(key)
-            page.wait_for_selector(f"text=choice {number} of 12")
-        for number in range(7, 13):
-            page.locator("button").nth(0).click()
+        for number in range(2, 13):
+            page.keyboard.press("ArrowLeft")
             page.wait_for_selector(f"text=choice {number} of 12")
         assert "% of other choices" in page.locator("#note").inner_text()
         assert page.locator("#gauge").is_visible()
@@ -376,7 +373,5 @@ def test_a_person_teaches_a_taste_in_a_browser(tmp_path, monkeypatch):
 
     out, _ = run.communicate(timeout=60)
     assert run.returncode == 0 and "12 choices in tastes/mine." in out
-    choices = [line["choice"] for line in read_lines(tmp_path / "tastes/mine/preferences.jsonl")]
-    assert choices == [0, 1, 0, 1, None] + 7 * [0]
     monkeypatch.chdir(tmp_path)
     Reward("taste:mine")
