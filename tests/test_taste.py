@@ -243,6 +243,7 @@ def test_answers_of_a_run_are_fitted(made, tmp_path, monkeypatch):
     answers = [y for _, y, _ in found.rows]
     assert answers.count(1.0) == 24 + 2 and answers.count(0.5) == 3
     assert found.clear == 24 + 1
+    assert (tmp_path / "mine" / "head.safetensors").exists()
 
     (run / "preferences.jsonl").write_text("")
     with pytest.raises(UserError, match="no choices"):
