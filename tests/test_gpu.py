@@ -159,6 +159,7 @@ LOOKED_UP = (
 LEFT_BEHIND = {
     "prompts": (train.main, "cond.to(args.device)", "cond", "indices should be"),
     "network": (Flow.__init__, "module.to(args.device)", "module.to('cpu')", "same device"),
+    "weights of a reward": (rewards.luma, "images.new_tensor", "torch.tensor", "same device"),
     "generators": (fdflow.roll_out, "tor(e.device)", "tor()", "type for generator"),
     "base": (HeldOut.__call__, "images = images", "images = images.to('cuda')", "same device"),
 }
