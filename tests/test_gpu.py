@@ -177,4 +177,4 @@ def test_what_is_left_behind_is_noticed(run, monkeypatch, what):
         misplace(monkeypatch, *LOOKED_UP)
     misplace(monkeypatch, *change)
     with pytest.raises(RuntimeError, match=message):
-        run("cuda", "--reward", "brightness", "--watch", "brightness")
+        run("cuda", "--reward", "colorfulness", "--watch", "brightness")
