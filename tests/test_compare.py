@@ -179,8 +179,9 @@ def test_a_run_that_fails_says_why(study, monkeypatch):
         study()
 
 
-def test_one_seed_has_no_spread(monkeypatch):
-    assert exit_code(compare.main, monkeypatch, "compare.py", "--seeds", 1) == 2
+def test_one_seed_has_no_spread(commands, tmp_path, monkeypatch):
+    command = ["compare.py", "--seeds", 1, "--out", tmp_path]
+    assert exit_code(compare.main, monkeypatch, *command) == 2 and commands == []
 
 
 @pytest.mark.parametrize("name, runs", [("methods", 54 + 40), ("others", 20), ("steps", 64 + 32)])
