@@ -71,19 +71,16 @@ class GPUTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, values):
-        like = {
-            "dtype": values.dtype,
-            "strides": values.stride(),
-            "storage_offset": values.storage_offset(),
-        }
-        return torch.Tensor._make_wrapper_subclass(cls, values.shape, device=META, **like)
+        like = {"dtype": values.dtype, "storage_offset": values.storage_offset()}
+        like |= {"strides": values.stride(), "device": META}
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, **like)
 
     def __init__(self, values):
         self.values = values
 
-    device, is_cuda, is_meta = (
-        property(lambda self, value=value: value) for value in (GPU, True, False)
-    )
+    device = property(lambda self: GPU)
+    is_cuda = property(lambda self: True)
+    is_meta = property(lambda self: False)
     __torch_function__ = torch._C._disabled_torch_function_impl
     __tensor_flatten__ = __tensor_unflatten__ = None  # so that Module.to swaps parameters
 
@@ -141,17 +138,15 @@ class Functions(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if function in (torch.device, torch._C._nn._parse_to):
-            return function(*args, **kwargs)
-        if isinstance(function, torch._ops.OpOverload):  # from C++, through another mode
+        from_another_mode = isinstance(function, torch._ops.OpOverload)
+        if from_another_mode or function in (torch.device, torch._C._nn._parse_to):
             return function(*args, **kwargs)
         if kwargs.get("generator") is not None:  # Generator.h: has to be of the result's device
             own = [a.device for a in args if isinstance(a, torch.Tensor)]
             device, found = kwargs.get("device") or [*own, CPU][0], kwargs["generator"].device
             if torch.device(device).type != found.type:
-                raise RuntimeError(
-                    f"Expected a '{device}' device type for generator but found '{found}'"
-                )
+                text = f"Expected a '{device}' device type for generator but found '{found}'"
+                raise RuntimeError(text)
         if function == torch.Tensor.data.__set__ and isinstance(args[0], GPUTensor):
             args[0].values = args[1].values
         if function is torch.Tensor.tolist:
@@ -161,21 +156,15 @@ class Functions(TorchFunctionMode):
             function, args = torch.tensor, args[1:]
         if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            args = (
-                args[0],
-                tuple(torch.tensor(i) if isinstance(i, list) else i for i in index),
-                *args[2:],
-            )
+            index = tuple(torch.tensor(i) if isinstance(i, list) else i for i in index)
+            args = (args[0], index, *args[2:])
         if function is torch.tensor:  # of numbers on the GPU, which it reads
             args = (mapped(torch.Tensor.cpu, args[0]), *args[1:])
         meant = any(is_device(a, "meta") for a in (*args, *kwargs.values()))
         args = [META if is_device(a, "cuda") else a for a in args]
         kwargs = {name: META if is_device(a, "cuda") else a for name, a in kwargs.items()}
-        if (
-            function in (torch.tensor, torch.as_tensor)
-            and kwargs.get("device") == META
-            and not meant
-        ):
+        made_of_numbers = function in (torch.tensor, torch.as_tensor)
+        if made_of_numbers and kwargs.get("device") == META and not meant:
             return function(*args, **kwargs | {"device": None}).to(META)
         Operators.meta_is_meant = meant
         try:
@@ -191,9 +180,8 @@ def is_device(a, kind):
 def backward(loss):
     """loss.backward(), which would leave `Functions`, where checkpoints compute again."""
     engine, one = torch.autograd.Variable._execution_engine, torch.ones_like(loss)
-    engine.run_backward(
-        (loss,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True
-    )
+    flags = {"allow_unreachable": True, "accumulate_grad": True}
+    engine.run_backward((loss,), (one,), False, False, (), **flags)
 
 
 @contextmanager
@@ -203,9 +191,8 @@ def fake_gpu():
     answers |= {"synchronize": None, "max_memory_allocated": 0, "get_device_name": "pretended"}
     with ExitStack() as stack:
         for name, answer in answers.items():
-            stack.enter_context(
-                mock.patch.object(torch.cuda, name, lambda *args, a=answer, **options: a)
-            )
+            patch = mock.patch.object(torch.cuda, name, mock.Mock(return_value=answer))
+            stack.enter_context(patch)
         stack.enter_context(mock.patch("torch.Generator", Generator))
         stack.enter_context(mock.patch("torch.Tensor.backward", backward))
         stack.enter_context(Operators())
