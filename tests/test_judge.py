@@ -66,6 +66,7 @@ REFUSED = {
     "long": ("max_tokens", 16, "Use 'max_completion_tokens' instead of 'max_tokens'."),
     "cold": ("temperature", 0, "temperature does not support 0 with this model"),
 }
+ODDS = {"refusal": {"I": 0.99, "Yes": 1e-6}, "rates": {"7": 0.6, "9": 0.4}}
 
 
 class Service(BaseHTTPRequestHandler):
@@ -85,6 +86,8 @@ class Service(BaseHTTPRequestHandler):
 
         picture = Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))
         p = min(max(sum(picture.resize((1, 1)).getpixel((0, 0))) / 765, 0.001), 0.999)
+        if "not" in question["text"]:
+            p = 1 - p
         status, text = 200, json.dumps(self.completion(mode, p, number, body))
         failure, answer, times, _ = FAILURES.get(mode, (200, "", 0, None))
         if number <= times:
@@ -102,8 +105,7 @@ class Service(BaseHTTPRequestHandler):
     def completion(self, mode, p, number, body):
         """The official answer: https://platform.openai.com/docs/api-reference/chat/object."""
         odds = {"Yes": 0.8 * p, " YES": 0.2 * p, "No": 0.9 * (1 - p), " no": 0.1 * (1 - p)}
-        if mode == "refusal":
-            odds = {"I": 0.99, "Yes": 1e-6}
+        odds = ODDS.get(mode, odds)
         top = [{"token": token, "logprob": math.log(q), "bytes": None} for token, q in odds.items()]
         likeliest = max(top, key=lambda token: token["logprob"])
         content = [{**likeliest, "top_logprobs": top[: body.get("top_logprobs", 0)]}]
@@ -180,12 +182,12 @@ def test_names_options_and_bounds_are_told_apart(server):
 
 def test_a_judge_is_asked_the_questions_of_each_prompt(server):
     prompts = [Prompt("a"), Prompt("b")]
-    prompts[0].questions = ["Is it white?", "Is it grey?"]
+    prompts[0].questions = ["Is it white?", "Is it not white?"]
     prompts[1].questions = ["Is it white?"]
-    reward = Reward("judge:mean:questions")
-    assert reward(greys(0.2, 0.6), prompts).tolist() == pytest.approx([20, 60], abs=0.01)
-    texts = sorted(text for _, _, text, _ in server.asked)
-    assert texts == [f"Is it {colour}? Answer Yes or No." for colour in ("grey", "white", "white")]
+    R = Reward("judge:fine:questions")(greys(0.2, 0.6), prompts)
+    assert R.tolist() == pytest.approx([50, 60], abs=0.01)
+    texts = {text for _, _, text, _ in server.asked}
+    assert texts == {"Is it white? Answer Yes or No.", "Is it not white? Answer Yes or No."}
 
 
 def test_unifiedreward_is_asked_in_its_own_words(server):
@@ -247,6 +249,14 @@ def test_a_service_is_asked_for_what_it_can(server, pauses, mode, asked, again, 
     assert said.count("gives no logprobs") == said.count("\n") == (value == 60)
 
 
+def test_a_rating_is_an_expectation_or_one_answer(server, pauses, monkeypatch):
+    rates = 'judge:rates:"From 1 to 9?"'
+    assert Reward(rates)(greys(0.2), [""]).item() == pytest.approx(0.6 * 7 + 0.4 * 9)
+    monkeypatch.setitem(REFUSED, "rates", REFUSED["none"])
+    assert Reward(rates)(greys(0.2), [""]).item() == 7
+    assert len(server.asked) == 1 + 3
+
+
 def test_a_refusal_is_a_lost_reward_and_said_once(server, capfd):
     assert Reward("judge:refusal")(greys(0.2, 0.3, 0.4), [""] * 3).isnan().all()
     said = capfd.readouterr().err
@@ -267,10 +277,10 @@ def tokens(*odds):
         ("10", tokens({"1": 0.8, "9": 0.2}, {"0": 1.0}), 1, 10, 10),  # two tokens
         ("9", tokens({"9": 0.5, "1": 0.5}), 1, 10, 9),  # the 1 may have become a 10
         ("1", tokens({"1": 0.5, "2": 0.5}), 1, 10, 1.5),
-        ("0", tokens({"0": 0.5, "4": 0.5}), 0, 5, 2),
+        ("4", tokens({"4": 0.5, "0": 0.5}), 0, 5, 2),
         ("Rating: 3/5", tokens({"rating": 1.0}, {"": 1.0}, {"3": 0.5, "4": 0.5}), 1, 5, 3.5),
         ("From 1 to 10: 7", [], 1, 10, 7),
-        ("7.5 out of 10", tokens({"7": 0.5, "8": 0.5}, {"": 1.0}, {"5": 1.0}), 1, 10, 7.5),
+        ("7.5 out of 10", tokens({"7": 0.5, "9": 0.5}, {"": 1.0}, {"5": 1.0}), 1, 10, 7.5),
         ("11", [], 1, 10, math.nan),
         ("", [], 1, 10, math.nan),
     ],
@@ -297,9 +307,7 @@ def test_yes_or_no_is_the_first_word(text, said, value):
 def test_the_key_and_the_address_are_checked_before_anything_is_sent(monkeypatch):
     for url, key, complaint in (
         ("", "", "judge m at api.openai.com wants a key: set OPENAI_API_KEY"),
-        ("http://192.168.1.2:8000/v1", "", "judge m at 192.168.1.2:8000 wants a key"),
         ("localhost:11434/v1", KEY, "OPENAI_BASE_URL must be an address"),
-        ("http://host:99999/v1", KEY, "is no address"),
         ("", "sk-123456 78", "OPENAI_API_KEY has characters"),
     ):
         monkeypatch.setenv("OPENAI_BASE_URL", url)
@@ -307,6 +315,7 @@ def test_the_key_and_the_address_are_checked_before_anything_is_sent(monkeypatch
         with pytest.raises(UserError, match=complaint) as error:
             Reward("judge:m")
         assert "123456" not in str(error.value)
+
     monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:11434/v1/")
     monkeypatch.setenv("OPENAI_API_KEY", "")
     (judge,) = Reward("judge:m").terms.values()
@@ -364,12 +373,15 @@ def test_each_process_has_its_share_of_the_limit_and_its_file(server, tmp_path, 
 
 
 @pytest.fixture
-def start(server, tmp_path):
+def start(server, tmp_path, monkeypatch):
     """A function that starts a short run: three held-out prompts, eight images an iteration."""
     lines = (commands.ROOT / "tiny" / "prompts_train.txt").read_text().splitlines()
     (tmp_path / "prompts.txt").write_text("\n".join(lines[:24]))
     small = "--pairs 4 --steps 2 --prompts prompts.txt --name run --iterations 3"
     watch = ("--watch", 'judge:fine:x1:"Is it red, or blue?"')
+
+    for name, value in (("OPENAI_BASE_URL", f"{server.url}/v1"), ("OPENAI_API_KEY", KEY)):
+        monkeypatch.setitem(commands.ENVIRONMENT, name, value)
 
     def start(*args, launcher=()):
         command = ("train.py", *small.split(), *watch, *args)
@@ -474,14 +486,14 @@ def test_the_service_of_these_tests_answers_as_the_official_package_reads(server
             assert len(read.choices[0].logprobs.content[0].top_logprobs) == 3
 
 
-def save_llava(folder, answers):
-    """Save a small random LLaVA that can say nothing but one of the tokens `answers`."""
+def make_llava(folder):
+    """Save a small random LLaVA that can say nothing but Yes or No; the model and its processor."""
     tokenizer = tiny_tokenizer(["<image>"])
     small = {"hidden_size": 32, "intermediate_size": 64}
     small |= {"num_hidden_layers": 2, "num_attention_heads": 2}
     vision = transformers.CLIPVisionConfig(image_size=56, patch_size=14, **small)
     text = transformers.LlamaConfig(vocab_size=len(tokenizer), **small)
-    image = tokenizer.convert_tokens_to_ids("<image>")
+    image, *answers = tokenizer.convert_tokens_to_ids(["<image>", "Yes", "No"])
     ids = {"image_token_id": image, "image_seq_length": 16}
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, **ids)
     torch.manual_seed(0)
@@ -489,36 +501,32 @@ def save_llava(folder, answers):
     for p in model.parameters():  # or all answers are alike
         p.data += 0.3 * torch.randn(p.shape)
 
-    ids = tokenizer.convert_tokens_to_ids(answers)
-    others = [i for i in range(len(tokenizer)) if i not in ids]
-    sampling = {"do_sample": True, "eos_token_id": ids, "pad_token_id": 0}
-    sampling["suppress_tokens"] = others
+    sampling = {"do_sample": True, "eos_token_id": answers, "pad_token_id": 0}
+    sampling["suppress_tokens"] = [i for i in range(len(tokenizer)) if i not in answers]
     model.generation_config = transformers.GenerationConfig(**sampling)
-    model.save_pretrained(folder)
-
     crop = {"height": 56, "width": 56}
     pictures = transformers.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size=crop)
     options = {"patch_size": 14, "num_additional_image_tokens": 1, "chat_template": LLAVA}
     options["vision_feature_select_strategy"] = "default"
-    transformers.LlavaProcessor(pictures, tokenizer, **options).save_pretrained(folder)
-
-
-def odds_of(folder, image, question, answers):
-    """What transformers makes of a picture and a question: a probability for each answer."""
-    model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
-    processor = transformers.AutoProcessor.from_pretrained(folder)
-    content = [{"type": "image", "image": to_pil(image)}, {"type": "text", "text": question}]
-    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    talk = [{"role": "user", "content": content}]
-    inputs = processor.apply_chat_template(talk, add_generation_prompt=True, **options)
-    with torch.no_grad():
-        logits = model(**inputs).logits[0, -1]
-    return logits[processor.tokenizer.convert_tokens_to_ids(answers)].softmax(0)
+    processor = transformers.LlavaProcessor(pictures, tokenizer, **options)
+    for part in (model, processor):
+        part.save_pretrained(folder)
+    return model.eval(), processor
 
 
 @pytest.mark.ci
-def test_transformers_serve_judges(tmp_path, monkeypatch):
+def test_transformers_serve_a_judge(tmp_path, monkeypatch):
     """It gives no logprobs, so that yes is counted among samples; pip install "[serving]"."""
+    model, processor = make_llava(tmp_path / "llava")
+    answers = processor.tokenizer.convert_tokens_to_ids(["Yes", "No"])
+    images, odds = random_images(6), []
+    for image in images:
+        inputs = processor(images=to_pil(image), text="<image>Is it red?", return_tensors="pt")
+        with torch.no_grad():
+            odds.append(model(**inputs).logits[0, -1, answers].softmax(0)[0].item())
+    low, high = odds.index(min(odds)), odds.index(max(odds))
+    assert odds[high] - odds[low] > 0.4  # so it depends on the image
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -526,11 +534,6 @@ def test_transformers_serve_judges(tmp_path, monkeypatch):
     server = subprocess.Popen([Path(sys.executable).with_name("transformers"), *options.split()])
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{port}/v1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-    words, digits = ["Yes", "No"], list("123456789")
-    save_llava(tmp_path / "words", words)
-    save_llava(tmp_path / "digits", digits)
-    images = random_images(6)
 
     def ready():
         assert server.poll() is None
@@ -540,20 +543,11 @@ def test_transformers_serve_judges(tmp_path, monkeypatch):
     try:
         wait_until(ready)
         # 200 samples: a standard error of at most 3.5 %; four are exceeded once in 15,000 times
-        odds = [odds_of(tmp_path / "words", image, "Is it red?", words)[0] for image in images]
-        low, high = torch.stack(odds).argmin(), torch.stack(odds).argmax()
-        assert odds[high] - odds[low] > 0.4  # so it depends on the image
-        reward = Reward(f'judge:{tmp_path}/words:"Is it red?":n200')
-        R = reward(torch.stack([images[low], images[high]]), ["", ""]).tolist()
-        assert R == pytest.approx([100 * odds[low].item(), 100 * odds[high].item()], abs=14)
+        reward = Reward(f'judge:{tmp_path}/llava:"Is it red?":n200')
+        R = reward(images[[low, high]], ["", ""])
+        assert R.tolist() == pytest.approx([100 * odds[low], 100 * odds[high]], abs=14)
         (judge,) = reward.terms.values()
         assert judge.record()["requests"] == 1 + 2 * 200
-
-        # of a rating one answer, at no temperature, is asked for
-        odds = [odds_of(tmp_path / "digits", image, "From 1 to 9?", digits) for image in images]
-        likeliest = [1 + one.argmax().item() for one in odds]
-        reward = Reward(f'judge:{tmp_path}/digits:"From 1 to 9?"')
-        assert reward(images, [""] * 6).tolist() == likeliest and len(set(likeliest)) > 1
     finally:
         server.terminate()
         server.wait(timeout=30)

@@ -7,7 +7,6 @@ import base64
 import io
 import json
 import math
-import pickle
 import sys
 import threading
 import time
@@ -26,7 +25,7 @@ from tokenizers import pre_tokenizers
 from torch import nn
 
 import rewards
-from rewards import TINY, Aesthetic, Clip, Reward, load_function, split_expressions
+from rewards import TINY, Aesthetic, Clip, Reward, split_expressions
 from support.errors import UserError
 from support.prompts import read_prompts
 from zoo.human import Human
@@ -252,24 +251,19 @@ def percent_yes(vlm, image, question):
     return 100 * (odds[yes] / (odds[yes] + odds[no])).item()
 
 
-@pytest.mark.parametrize(
-    "option, question",
-    [
-        ("", 'Does this image match the caption "{}"? Answer Yes or No.'),
-        (':"Is there a {prompt} in it? (Yes + No) - {x}"', "Is there a {} in it? (Yes + No) - {{x}}"),
-    ],
-)
-def test_vlm_is_the_probability_of_yes_over_no(qwen, option, question):
+def test_vlm_is_the_probability_of_yes_over_no(qwen):
     images = random_images(3)
     prompts = ["sun", "a robot that waters red and yellow tulips", "red apple"]
-    reward = Reward(f"2*vlm:{qwen}{option}")
-    R = reward(images, prompts)
-    (vlm,) = reward.terms.values()
-    expected = []
-    for image, prompt in zip(images, prompts):
-        expected.append(2 * percent_yes(vlm, image, question.format(prompt)))
-    assert R.tolist() == pytest.approx(expected, abs=2e-2)
-    assert R.std() > 0.1
+    match = 'Does this image match the caption "{prompt}"? Answer Yes or No.'
+    own = "Is there a {prompt} in it? (Yes + No) - {x}"
+    for term, question in ((f"vlm:{qwen}", match), (f'vlm:{qwen}:"{own}"', own)):
+        reward = Reward(f"2*{term}")
+        R = reward(images, prompts)
+        (vlm,) = reward.terms.values()
+        for image, prompt, value in zip(images, prompts, R.tolist()):
+            expected = 2 * percent_yes(vlm, image, question.replace("{prompt}", prompt))
+            assert value == pytest.approx(expected, abs=2e-2)
+        assert R.std() > 0.1
 
 
 def test_vlm_asks_the_questions_of_each_prompt(qwen, tmp_path):
@@ -543,18 +537,18 @@ def test_a_person_is_asked_in_a_training_by_pairs_alone(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="only train.py can ask a person"):
         reward(grey(0.5), ["", ""])
 
-    run = SimpleNamespace(folder=tmp_path, args=SimpleNamespace(pairs=3), interrupted=[1])
+    args = SimpleNamespace(pairs=3)
+    run = SimpleNamespace(folder=tmp_path, args=args, interrupted=[1])
     with pytest.raises(UserError, match="use --estimator fdfo"):
         human.open(run)
-    run.args.branches = 2
-    monkeypatch.setattr("zoo.human.processes", lambda: (0, 2))
-    with pytest.raises(UserError, match="one process alone"):
-        human.open(run)
-
-    monkeypatch.setattr("zoo.human.processes", lambda: (0, 1))
+    args.branches = 2
     human.open(run)
     with pytest.raises(KeyboardInterrupt):
         reward(grey(0.5), ["", ""])
+
+    monkeypatch.setattr("zoo.human.processes", lambda: (0, 2))
+    with pytest.raises(UserError, match="one process alone"):
+        human.open(run)
 
 
 # ---- expressions
@@ -581,10 +575,8 @@ def test_commas_separate_expressions_but_not_in_quotes():
     "text, complaint",
     [
         ("brightness +", "column 13"),
-        ("vlm:3b + clip )", "column 15"),
         ("clip – 0.1*jpeg_size", "column 6"),  # a dash, as web pages have it
         ("nonsense", "known: aesthetic, clip"),
-        ("jpeg_size:3", "known: aesthetic, clip"),
         ("2 * 3", "names no reward"),
         ("brightness / 2", "column 1 of"),
         ("brightness + True", "column 14 of"),
@@ -609,8 +601,7 @@ def mine(tmp_path):
     """A function that writes a reward f with a body, and returns its term."""
 
     def write(body):
-        head = "import torch\n\ndef f(images, prompts):\n"
-        (tmp_path / "mine.py").write_text(f"{head}    {body}\n    return [0, 3]\n")
+        (tmp_path / "mine.py").write_text(f"import torch\ndef f(images, prompts):\n    {body}\n")
         return f"{tmp_path}/mine.py:f"
 
     return write
@@ -619,49 +610,41 @@ def mine(tmp_path):
 def test_numbers_come_in_many_forms(mine):
     for numbers in ("[0, 3]", "(False, 3)", "torch.tensor([0, 3])"):
         assert measure(f"2*{mine(f'return {numbers}')}", grey(0.5)) == [0, 6]
-    term = mine("return [1.0, float('inf')]")
-    assert measure(term, grey(0.5)) == pytest.approx([1, math.nan], nan_ok=True)
+    infinite = measure(mine("return [1.0, float('inf')]"), grey(0.5))
+    assert infinite == pytest.approx([1, math.nan], nan_ok=True)
 
-
-@pytest.mark.parametrize(
-    "body, complaint",
-    [
-        ("return images.mean()", r"must return \[2\] numbers, not \[\]"),
-        ("return ['a', 'b']", "must return numbers, not list"),
-        ("return None", "must return numbers, not NoneType"),
-    ],
-)
-def test_rewards_of_a_wrong_shape_are_named(mine, body, complaint):
-    term = mine(body)
-    with pytest.raises(UserError, match=complaint) as error:
-        measure(term, grey(0.5))
-    assert term in str(error.value) and "\n" not in str(error.value)
+    for wrong, complaint in (
+        ("images.mean()", r"must return \[2\] numbers, not \[\]"),
+        ("['a', 'b']", "must return numbers, not list"),
+        ("None", "must return numbers, not NoneType"),
+    ):
+        with pytest.raises(UserError, match=f"mine.py:f {complaint}") as error:
+            measure(mine(f"return {wrong}"), grey(0.5))
+        assert "\n" not in str(error.value)
 
 
 MODULE = """
 from __future__ import annotations
 import pickle, mailbox
 from dataclasses import dataclass
-from neighbour_at_once import ONE
 @dataclass
 class Pair:
-    a: float = ONE
+    a: float
     b: float = 0.0
 def f(images, prompts):
-    from neighbour_later import TWO
-    pair = pickle.loads(pickle.dumps(Pair(b=TWO)))
+    from neighbour import TWO
+    pair = pickle.loads(pickle.dumps(Pair(1.0, b=TWO)))
     return [pair.a, pair.b]
 """
 
 
 def test_a_reward_file_is_a_whole_module(tmp_path, monkeypatch):
-    """It imports neighbours, when it loads and when it is called, and pickles dataclasses."""
+    """It imports a neighbour, which hides nothing of Python, and pickles dataclasses."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "mailbox", raising=False)
     folder = tmp_path / "my rewards"
     folder.mkdir()
-    (folder / "neighbour_at_once.py").write_text("ONE = 1.0")
-    (folder / "neighbour_later.py").write_text("TWO = 2.0")
+    (folder / "neighbour.py").write_text("TWO = 2.0")
     (folder / "mailbox.py").write_text("raise ValueError('in place of the library')")
     (folder / "mine.py").write_text(MODULE)
 
@@ -669,9 +652,6 @@ def test_a_reward_file_is_a_whole_module(tmp_path, monkeypatch):
     reward = Reward(f"2*{term}-brightness")
     assert list(reward.terms) == [term, "brightness"]
     assert reward(grey(0.0), ["", ""]).tolist() == [2, 4]
-    # a path by itself may be without quotes
-    pair = load_function("estimator", f"{folder}/mine.py:Pair")(3.0)
-    assert pickle.loads(pickle.dumps(pair)) == pair
 
 
 def test_a_reward_cannot_change_what_others_see(mine):
@@ -684,7 +664,7 @@ def test_a_reward_cannot_change_what_others_see(mine):
 
 def test_a_reward_that_hangs_is_named_while_it_is_waited_for(mine, monkeypatch, capsys):
     monkeypatch.setattr(rewards, "PATIENCE", 0.2)
-    term = mine("import time; time.sleep(0.4 * images[0, 0, 0, 0].item())")
+    term = mine("import time; time.sleep(0.4 * images[0, 0, 0, 0].item()); return [0, 3]")
     for seconds, said in ((0.0, 0), (1.0, 1)):
         assert measure(f"{term} + 0*brightness", grey(seconds)) == [0, 3]
         text = f"reward {term} has not answered for 0.2 s; still waiting"
