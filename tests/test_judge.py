@@ -3,8 +3,6 @@
 pytest -q tests/test_judge.py
 """
 
-import base64
-import io
 import json
 import math
 import signal
@@ -13,7 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,14 +20,13 @@ import pytest
 import requests
 import torch
 import transformers
-from PIL import Image
 
 from rewards import Reward
 from support.errors import UserError
 from support.pictures import png, to_pil
 from support.prompts import Prompt
 from tests import commands, test_rewards
-from tests.test_rewards import random_images, serve, tiny_tokenizer
+from tests.test_rewards import Service, mean_level, random_images, serve, tiny_tokenizer
 from zoo.jsonl import read_lines
 from zoo.judge import percent_yes, rating
 
@@ -69,13 +66,11 @@ REFUSED = {
 ODDS = {"refusal": {"I": 0.99, "Yes": 1e-6}, "rates": {"7": 0.6, "9": 0.4}}
 
 
-class Service(BaseHTTPRequestHandler):
+class Judge(Service):
     """Says yes with the image's mean as probability, or fails as the name of the model says."""
 
-    def do_POST(self):
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        mode = body["model"]
+    def answer(self, body):
+        server, mode = self.server, body["model"]
         image, question = body["messages"][0]["content"]
         url = image["image_url"]["url"]
         server.asked.append((mode, self.headers["Authorization"], question["text"], url))
@@ -84,23 +79,17 @@ class Service(BaseHTTPRequestHandler):
         time.sleep(server.delay)
         server.under_way.append(-1)
 
-        picture = Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))
-        p = min(max(sum(picture.resize((1, 1)).getpixel((0, 0))) / 765, 0.001), 0.999)
-        if "not" in question["text"]:
-            p = 1 - p
-        status, text = 200, json.dumps(self.completion(mode, p, number, body))
-        failure, answer, times, _ = FAILURES.get(mode, (200, "", 0, None))
+        status, text, times, _ = FAILURES.get(mode, (200, "", 0, None))
         if number <= times:
-            status, text = failure, answer
+            return status, text
         option, value, message = REFUSED.get(mode, ("", "", ""))
         if body.get(option, "absent") == value:
-            status, text = 400, error(message)
+            return 400, error(message)
 
-        self.send_response(status)
-        self.send_header("Retry-After", "17")
-        self.send_header("Location", "/elsewhere")
-        self.end_headers()
-        self.wfile.write(text.encode())
+        p = min(max(mean_level(url.split(",")[1]), 0.001), 0.999)
+        if "not" in question["text"]:
+            p = 1 - p
+        return 200, json.dumps(self.completion(mode, p, number, body))
 
     def completion(self, mode, p, number, body):
         """The official answer: https://platform.openai.com/docs/api-reference/chat/object."""
@@ -126,15 +115,12 @@ class Service(BaseHTTPRequestHandler):
         head = {"id": "1", "object": "chat.completion", "created": 1, "model": mode}
         return {**head, "choices": [choice], "usage": usage}
 
-    def log_message(self, *args):
-        """Say nothing."""
-
 
 @pytest.fixture
 def server(monkeypatch):
     """The service, at OPENAI_BASE_URL."""
     monkeypatch.setattr(ThreadingHTTPServer, "request_queue_size", 128)  # questions come together
-    with serve(Service) as server:
+    with serve(Judge) as server:
         server.delay, server.under_way = 0, []
         monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/v1")
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -226,8 +212,7 @@ def test_a_wrong_address_shows_soon_and_an_error_ends_all_questions(server, paus
         reward(greys(*torch.linspace(0, 1, 40).tolist()), [""] * 40)
     assert len(server.asked) <= 1 + 2  # no more than were under way
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Service) as closed:
-        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{closed.server_port}/v1")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     with pytest.raises(UserError, match="did not answer, 3 times: .*refused"):
         Reward("judge:fine")(greys(0.2, 0.4), ["", ""])
     assert sum(pauses) < 5
