@@ -348,7 +348,6 @@ def test_ocr_counts_wrong_letters(monkeypatch):
 
 # ---- services
 
-
 # the status of an answer, how often it is asked for, and what is to be said of it
 FAILURES = {
     "slow": (200, 6, "did not answer, 6 times: .*timed out"),
@@ -594,7 +593,7 @@ def test_commas_separate_expressions_but_not_in_quotes():
         ("nonsense", "known: aesthetic, clip"),
         ("2 * 3", "names no reward"),
         ("brightness / 2", "column 1 of"),
-        ("brightness + True", "column 14 of"),
+        ("vlm:3b + True", "column 10 of"),
         ("-missing.py:f", "no file missing.py"),
         ("fdflow.py:math", "no function math"),
         ("clip + http://host:99999/", "http://host:99999/ is no address"),
