@@ -3,21 +3,16 @@
 pytest -q tests/test_judge.py
 """
 
-import base64
-import io
 import json
 import math
-import os
-import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,19 +20,17 @@ import pytest
 import requests
 import torch
 import transformers
-from PIL import Image
 
 from rewards import Reward
 from support.errors import UserError
 from support.pictures import png, to_pil
 from support.prompts import Prompt
-from tests import test_rewards
-from tests.test_rewards import random_images, serve, tiny_tokenizer
+from tests import commands, test_rewards
+from tests.test_rewards import Service, mean_level, random_images, serve, tiny_tokenizer
 from zoo.jsonl import read_lines
 from zoo.judge import percent_yes, rating
 
 pauses = test_rewards.pauses  # a fixture
-ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-Example/0123456789abcdef"
 PAGE = "<!DOCTYPE html>\n<html><body>Welcome</body></html>"
 QUOTA = '{"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}'
@@ -49,22 +42,19 @@ def error(text):
 
 
 ECHO = error(f"{'Incorrect key. ' * 9}{KEY}").replace("/", "\\/")
-# what the service answers, and for how many requests
+# what the service answers, to how many requests, and what is to be said of it
 FAILURES = {
-    "busy": (429, error("slow down"), 2),
-    "down-once": (500, "oops", 1),
-    "half-json": (200, '{"choices": [{"message": {"con', 1),
-    "error-200": (200, '{"error": {"message": "upstream is down", "code": 502}}', 99),
-    "down": (503, PAGE, 99),
-    "no-credit": (429, QUOTA, 99),
-    "echo": (401, ECHO, 99),
-    "forbidden": (403, error("not in your plan"), 99),
-    "missing": (404, error("The model `missing` does not exist"), 99),
-    "blind": (400, error("this model takes text alone"), 99),
-    "html": (200, PAGE, 99),
-    "redirect": (302, "", 99),
-    "no-choices": (200, '{"object": "list", "choices": []}', 99),
-    "odd-tokens": (200, ODD, 99),
+    "busy": (429, error("slow down"), 2, None),
+    "half-json": (200, '{"choices": [{"message": {"con', 1, None),
+    "down": (503, PAGE, 8, "did not answer, 8 times: status 503"),
+    "html": (200, PAGE, 8, "did not answer, 8 times: no chat completion, but <!DOCTYPE html>"),
+    "odd": (200, ODD, 8, "did not answer, 8 times: no chat completion, but "),
+    "error-200": (200, error("upstream is down"), 8, "did not answer, 8 times: .*upstream"),
+    "no-credit": (429, QUOTA, 1, "is not paid for: status 429: You exceeded your quota"),
+    "echo": (401, ECHO, 1, "refuses OPENAI_API_KEY: status 401: Incorrect key"),
+    "missing": (404, error("no such model"), 1, "knows no such model: status 404"),
+    "blind": (400, error("text alone"), 1, r"the model see images\?\): status 400: text alone"),
+    "redirect": (302, "", 1, "is it a chat completions API, .*: status 302"),
 }
 # services that do not take an option
 REFUSED = {
@@ -73,64 +63,51 @@ REFUSED = {
     "long": ("max_tokens", 16, "Use 'max_completion_tokens' instead of 'max_tokens'."),
     "cold": ("temperature", 0, "temperature does not support 0 with this model"),
 }
+ODDS = {"refusal": {"I": 0.99, "Yes": 1e-6}, "rates": {"7": 0.6, "9": 0.4}}
 
 
-class Service(BaseHTTPRequestHandler):
+class Judge(Service):
     """Says yes with the image's mean as probability, or fails as the name of the model says."""
 
-    def do_POST(self):
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        mode = body["model"]
+    def answer(self, body):
+        server, mode = self.server, body["model"]
         image, question = body["messages"][0]["content"]
         url = image["image_url"]["url"]
-        with server.lock:
-            server.body = body
-            server.asked.append((mode, self.headers["Authorization"], question["text"], url))
-            server.under_way += 1
-            server.together = max(server.together, server.under_way)
-            server.modes[mode] += 1
-            number = server.modes[mode]
+        server.asked.append((mode, self.headers["Authorization"], question["text"], url))
+        number = [asked[0] for asked in server.asked].count(mode)
+        server.under_way.append(1)
         time.sleep(server.delay)
-        with server.lock:
-            server.under_way -= 1
+        server.under_way.append(-1)
 
-        picture = Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))
-        p = min(max(sum(picture.resize((1, 1)).getpixel((0, 0))) / 765, 0.001), 0.999)
-        status, text, times = FAILURES.get(mode, (200, "", 0))
+        status, text, times, _ = FAILURES.get(mode, (200, "", 0, None))
+        if number <= times:
+            return status, text
         option, value, message = REFUSED.get(mode, ("", "", ""))
-        if option and body.get(option) == value:
-            status, text, times = 400, error(message), 99
-        if number > times:
-            status, text = 200, json.dumps(self.completion(mode, p, body))
+        if body.get(option, "absent") == value:
+            return 400, error(message)
 
-        self.send_response(status)
-        self.send_header("Retry-After", "17")
-        self.send_header("Location", "/elsewhere")
-        too_long = 10 if mode == "cut" and number == 1 else 0
-        self.send_header("Content-Length", str(len(text) + too_long))
-        self.end_headers()
-        self.wfile.write(text.encode())
+        p = min(max(mean_level(url.split(",")[1]), 0.001), 0.999)
+        if "not" in question["text"]:
+            p = 1 - p
+        return 200, json.dumps(self.completion(mode, p, number, body))
 
-    def completion(self, mode, p, body):
+    def completion(self, mode, p, number, body):
         """The official answer: https://platform.openai.com/docs/api-reference/chat/object."""
-        said = "Yes" if p > 0.5 else " no"
-        odds = {"Yes": 0.8 * p, " yes": 0.1 * p, "YES": 0.1 * p, "No": 0.9 * (1 - p)}
-        odds[" no"] = 0.1 * (1 - p)
-        if mode == "refusal":
-            said, odds = "I cannot judge people.", {"I": 0.99, "Yes": 1e-6}
-
+        odds = {"Yes": 0.8 * p, " YES": 0.2 * p, "No": 0.9 * (1 - p), " no": 0.1 * (1 - p)}
+        odds = ODDS.get(mode, odds)
         top = [{"token": token, "logprob": math.log(q), "bytes": None} for token, q in odds.items()]
-        token = {**max(top, key=lambda token: token["logprob"]), "token": said.split(" cannot")[0]}
-        content = [{**token, "top_logprobs": top[: body.get("top_logprobs", 0)]}]
+        likeliest = max(top, key=lambda token: token["logprob"])
+        content = [{**likeliest, "top_logprobs": top[: body.get("top_logprobs", 0)]}]
         logprobs = {"content": content} if body.get("logprobs") and mode != "silent" else None
+
+        said = likeliest["token"]
+        if mode == "refusal":
+            said = "I cannot judge people."
         if mode == "UnifiedReward":
-            scores = {"Alignment": 5 * p, "Coherence": 1, "Style": 3}
-            said = "\n".join(f"{axis} Score (1-5): {score}" for axis, score in scores.items())
+            said = f"Alignment Score (1-5): {5 * p}\nCoherence Score (1-5): 1\nStyle Score (1-5): 3"
+            said = said[: 4 * body["max_tokens"]]
         if body.get("temperature") == 1:
-            with self.server.lock:
-                self.server.samples += 1
-                said = ["No.", "yes", "Yes!"][self.server.samples % 3]
+            said = ["No.", "yes", "Yes!"][number % 3]
 
         message = {"role": "assistant", "content": said}
         choice = {"index": 0, "finish_reason": "stop", "logprobs": logprobs, "message": message}
@@ -138,22 +115,16 @@ class Service(BaseHTTPRequestHandler):
         head = {"id": "1", "object": "chat.completion", "created": 1, "model": mode}
         return {**head, "choices": [choice], "usage": usage}
 
-    def log_message(self, *args):
-        """Say nothing."""
-
 
 @pytest.fixture
 def server(monkeypatch):
     """The service, at OPENAI_BASE_URL."""
     monkeypatch.setattr(ThreadingHTTPServer, "request_queue_size", 128)  # questions come together
-    server = serve(Service)
-    server.modes, server.lock, server.delay = Counter(), threading.Lock(), 0
-    server.under_way = server.together = server.samples = 0
-    monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/v1")
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serve(Judge) as server:
+        server.delay, server.under_way = 0, []
+        monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/v1")
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        yield server
 
 
 def greys(*levels):
@@ -166,51 +137,43 @@ def greys(*levels):
 def test_yes_is_a_probability_and_nothing_is_asked_twice(server):
     reward = Reward('2*judge:fine:x4:"Is it like {prompt}? (Yes - No)" - 1')
     server.delay = 0.1
-    R = reward(greys(0, 0.2, 0.4, 1, 0.8, 0.6, 0.2), [*"abcdefb"])
+    R = reward(greys(0, 0.2, 0.4, 1, 0.8, 0.6, 0.2, 0.6), [*"abcdefba"])
     # the levels are those of 8 bits
-    expected = [-1 + 0.2, 39, 79, 199.8 - 1, 159, 119, 39]
+    expected = [-1 + 0.2, 39, 79, 199.8 - 1, 159, 119, 39, 119]
     assert R.tolist() == pytest.approx(expected, abs=0.01)
     texts = sorted(text for _, _, text, _ in server.asked)
-    assert texts == [f"Is it like {c}? (Yes - No)" for c in "abcdef"]
+    assert texts == [f"Is it like {c}? (Yes - No)" for c in "aabcdef"]
     assert {key for _, key, _, _ in server.asked} == {f"Bearer {KEY}"}
-    assert server.together == 4  # five after the first, four at a time
+    assert max(accumulate(server.under_way)) == 4  # six after the first, four at a time
 
     (judge,) = reward.terms.values()
-    assert judge.record() == {"requests": 6, "tokens": 600}
-    assert reward(greys(0, 0.2), ["a", "b"]).equal(R[:2]) and len(server.asked) == 6
-    reward(greys(0.2), ["a"])  # another picture
-    assert len(server.asked) == 7
+    assert judge.record() == {"requests": 7, "tokens": 700}
+    assert reward(greys(0, 0.2), ["a", "b"]).equal(R[:2]) and len(server.asked) == 7
 
 
-def test_names_may_have_colons_and_options_are_told_from_them(server):
+def test_names_options_and_bounds_are_told_apart(server):
     for term, *expected in (
-        ("judge:qwen2.5vl:7b", "qwen2.5vl:7b", 16, 5),
-        ('judge:m:"Rate it from 1 to 9."', "m", 16, 1),
-        ('judge:x32:"Is it red?":a/b-1.5:free:n9', "a/b-1.5:free", 32, 9),
-        ('judge:"model@v1"', "model@v1", 16, 5),
+        ("judge:qwen2.5vl:7b", "qwen2.5vl:7b", 16, 5, None),
+        ('judge:x32:"Is it red?":"a/b@1.5":free:n9', "a/b@1.5:free", 32, 9, None),
+        ('judge:m:"How red is it, from 1 to 10?"', "m", 16, 1, [1, 10]),
+        ('judge:m:"Rate it on a scale of 0-100."', "m", 16, 1, [0, 100]),
+        ('judge:m:"Say a number between 1 and 5."', "m", 16, 1, [1, 5]),
+        ('judge:m:"Are there 2 to 3 cats in it?"', "m", 16, 5, None),
     ):
         (judge,) = Reward(term).terms.values()
-        assert [judge.model, judge.at, judge.samples] == expected
-    for term in ("judge", "judge:x32"):
-        with pytest.raises(UserError, match="must name a model"):
-            Reward(term)
-    with pytest.raises(UserError, match="one question at most"):
-        Reward('judge:m:"Is it red?":"Is it blue?"')
+        assert [judge.model, judge.at, judge.samples, judge.bounds] == expected
+    with pytest.raises(UserError, match="must name a model"):
+        Reward("judge:x32")
 
 
 def test_a_judge_is_asked_the_questions_of_each_prompt(server):
     prompts = [Prompt("a"), Prompt("b")]
-    prompts[0].questions = ["Is it white?", "Is it grey?"]
+    prompts[0].questions = ["Is it white?", "Is it not white?"]
     prompts[1].questions = ["Is it white?"]
-    R = Reward("judge:mean:questions")(greys(0.2, 0.6), prompts)
-    assert R.tolist() == pytest.approx([20, 60], abs=0.01)
-    assert sorted(text for _, _, text, _ in server.asked) == [
-        "Is it grey? Answer Yes or No.",
-        "Is it white? Answer Yes or No.",
-        "Is it white? Answer Yes or No.",
-    ]
-    with pytest.raises(UserError, match="prompt 'c' has no questions"):
-        Reward("judge:mean:questions")(greys(0.2), ["c"])
+    R = Reward("judge:fine:questions")(greys(0.2, 0.6), prompts)
+    assert R.tolist() == pytest.approx([50, 60], abs=0.01)
+    texts = {text for _, _, text, _ in server.asked}
+    assert texts == {"Is it white? Answer Yes or No.", "Is it not white? Answer Yes or No."}
 
 
 def test_unifiedreward_is_asked_in_its_own_words(server):
@@ -218,46 +181,25 @@ def test_unifiedreward_is_asked_in_its_own_words(server):
     assert R.tolist() == pytest.approx([5 / 3, 7 / 3])
     mode, _, text, _ = server.asked[0]
     assert mode == "UnifiedReward" and text.endswith("Text Caption: [a]")
-    assert len(server.asked) == 2 and "logprobs" not in server.body
-    assert server.body["max_tokens"] > 100  # or the third score is cut off
+    assert len(server.asked) == 2
 
 
-@pytest.mark.parametrize("mode", ["busy", "down-once", "half-json", "cut"])
-def test_a_service_that_recovers_is_asked_again_when_it_says(server, pauses, mode):
-    reward = Reward(f"judge:{mode}")
-    assert reward(greys(0.2), [""]).tolist() == pytest.approx([20])
-    if mode == "busy":
-        assert pauses == [17, 17]
-    assert len(server.asked) == len(pauses) + 1 == (3 if mode == "busy" else 2)
+def test_a_service_that_recovers_is_asked_again_when_it_says(server, pauses):
+    for mode, asked in (("busy", 3), ("half-json", 2)):
+        server.asked.clear()
+        assert Reward(f"judge:{mode}")(greys(0.2), [""]).tolist() == pytest.approx([20])
+        assert len(server.asked) == asked
+    assert pauses[:2] == [17, 17] and len(pauses) == 3
 
 
-@pytest.mark.parametrize(
-    "mode, asked, complaint",
-    [
-        ("down", 8, "did not answer, 8 times: status 503"),
-        ("slow", 3, "did not answer, 3 times: .*timed out"),
-        ("no-credit", 1, "is not paid for: status 429: You exceeded your quota"),
-        ("echo", 1, "refuses OPENAI_API_KEY: status 401: Incorrect key"),
-        ("forbidden", 1, "refuses OPENAI_API_KEY: status 403: not in your plan"),
-        ("missing", 1, "knows no such model: status 404"),
-        ("blind", 1, r"can the model see images\?\): status 400: this model takes text alone"),
-        ("redirect", 1, "is it a chat completions API, .*: status 302"),
-        ("html", 8, "did not answer, 8 times: no chat completion, but <!DOCTYPE html>"),
-        ("no-choices", 8, "did not answer, 8 times: no chat completion, but "),
-        ("odd-tokens", 8, "did not answer, 8 times: no chat completion, but "),
-        ("error-200", 8, "did not answer, 8 times: .*upstream"),
-    ],
-)
-def test_a_service_that_fails_is_named_in_one_line(server, pauses, mode, asked, complaint):
-    reward = Reward(f"judge:{mode}")
-    (judge,) = reward.terms.values()
-    if mode == "slow":
-        judge.timeout, server.delay = 0.1, 0.3
+@pytest.mark.parametrize("mode", [mode for mode in FAILURES if FAILURES[mode][3]])
+def test_a_service_that_fails_is_named_in_one_line(server, pauses, mode):
+    _, _, times, complaint = FAILURES[mode]
     with pytest.raises(UserError, match=complaint) as error:
-        reward(greys(0.2, 0.4), ["", ""])
+        Reward(f"judge:{mode}")(greys(0.2, 0.4), ["", ""])
     text = str(error.value)
     assert text.startswith(f"judge {mode} at 127.0.0.1:") and "\n" not in text and len(text) < 300
-    assert len(server.asked) == asked  # the second picture waits for what becomes of the first
+    assert len(server.asked) == times  # the second picture waits for what becomes of the first
     assert not any(KEY[i : i + 8] in text for i in range(len(KEY) - 7))
 
 
@@ -265,13 +207,12 @@ def test_a_wrong_address_shows_soon_and_an_error_ends_all_questions(server, paus
     reward = Reward("judge:fine:x2")
     server.delay = 0.02
     reward(greys(0.2), [""])
-    monkeypatch.setitem(FAILURES, "fine", FAILURES["echo"])  # the key is taken back
+    monkeypatch.setitem(FAILURES, "fine", (401, ECHO, 99, None))  # the key is taken back
     with pytest.raises(UserError, match="refuses OPENAI_API_KEY"):
         reward(greys(*torch.linspace(0, 1, 40).tolist()), [""] * 40)
     assert len(server.asked) <= 1 + 2  # no more than were under way
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Service) as closed:
-        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{closed.server_port}/v1")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     with pytest.raises(UserError, match="did not answer, 3 times: .*refused"):
         Reward("judge:fine")(greys(0.2, 0.4), ["", ""])
     assert sum(pauses) < 5
@@ -283,14 +224,22 @@ def test_a_wrong_address_shows_soon_and_an_error_ends_all_questions(server, paus
 )
 def test_a_service_is_asked_for_what_it_can(server, pauses, mode, asked, again, capfd):
     """Where there are no logprobs, for five answers; and no lesson is learned twice."""
-    value = 20 if again == 1 else 80
+    value = 20 if again == 1 else 60
     reward = Reward(f"judge:{mode}")
     assert reward(greys(0.2), [""]).tolist() == pytest.approx([value])
     assert len(server.asked) == asked
     reward(greys(0.4, 0.6), ["", ""])
     assert len(server.asked) == asked + 2 * again
     said = capfd.readouterr().err
-    assert said.count("gives no logprobs") == said.count("\n") == (value == 80)
+    assert said.count("gives no logprobs") == said.count("\n") == (value == 60)
+
+
+def test_a_rating_is_an_expectation_or_one_answer(server, pauses, monkeypatch):
+    rates = 'judge:rates:"From 1 to 9?"'
+    assert Reward(rates)(greys(0.2), [""]).item() == pytest.approx(0.6 * 7 + 0.4 * 9)
+    monkeypatch.setitem(REFUSED, "rates", REFUSED["none"])
+    assert Reward(rates)(greys(0.2), [""]).item() == 7
+    assert len(server.asked) == 1 + 3
 
 
 def test_a_refusal_is_a_lost_reward_and_said_once(server, capfd):
@@ -312,16 +261,12 @@ def tokens(*odds):
         ("8", tokens({"8": 0.4, "10": 0.4, "the": 0.2}), 1, 10, 9),
         ("10", tokens({"1": 0.8, "9": 0.2}, {"0": 1.0}), 1, 10, 10),  # two tokens
         ("9", tokens({"9": 0.5, "1": 0.5}), 1, 10, 9),  # the 1 may have become a 10
-        ("2", tokens({"2": 0.5, "1": 0.5}), 1, 9, 1.5),
         ("1", tokens({"1": 0.5, "2": 0.5}), 1, 10, 1.5),
-        ("0", tokens({"0": 0.5, "4": 0.5}), 0, 5, 2),
-        ("85", tokens({"85": 0.5, "90": 0.25, "8": 0.25}), 0, 100, 260 / 3),
+        ("4", tokens({"4": 0.5, "0": 0.5}), 0, 5, 2),
         ("Rating: 3/5", tokens({"rating": 1.0}, {"": 1.0}, {"3": 0.5, "4": 0.5}), 1, 5, 3.5),
         ("From 1 to 10: 7", [], 1, 10, 7),
-        ("7.5 out of 10", tokens({"7": 0.5, "8": 0.5}, {"": 1.0}, {"5": 1.0}), 1, 10, 7.5),
-        ("**6**", [], 1, 10, 6),
+        ("7.5 out of 10", tokens({"7": 0.5, "9": 0.5}, {"": 1.0}, {"5": 1.0}), 1, 10, 7.5),
         ("11", [], 1, 10, math.nan),
-        ("I cannot tell.", tokens({"i": 1.0}), 1, 10, math.nan),
         ("", [], 1, 10, math.nan),
     ],
 )
@@ -338,30 +283,16 @@ def test_a_rating_is_the_expected_number(text, said, low, high, value):
         ("**yes**, it is", [], 100),
         ("I see no cat.", tokens({"i": 0.995, "no": 0.005}, {"see": 1.0}, {"no": 1.0}), math.nan),
         ("I see no cat.", [], math.nan),
-        ("", [], math.nan),
     ],
 )
 def test_yes_or_no_is_the_first_word(text, said, value):
     assert percent_yes(text, said) == pytest.approx(value, nan_ok=True)
 
 
-def test_a_question_with_bounds_asks_for_a_rating(server):
-    for question, bounds in (
-        ("How red is it, from 1 to 10?", [1, 10]),
-        ("Rate it on a scale of 0-100.", [0, 100]),
-        ("Say a number between 1 and 5.", [1, 5]),
-        ("Are there 2 to 3 cats in it?", None),
-    ):
-        (judge,) = Reward(f'judge:fine:"{question}"').terms.values()
-        assert judge.bounds == bounds
-
-
 def test_the_key_and_the_address_are_checked_before_anything_is_sent(monkeypatch):
     for url, key, complaint in (
         ("", "", "judge m at api.openai.com wants a key: set OPENAI_API_KEY"),
-        ("http://192.168.1.2:8000/v1", "", "judge m at 192.168.1.2:8000 wants a key"),
         ("localhost:11434/v1", KEY, "OPENAI_BASE_URL must be an address"),
-        ("http://host:99999/v1", KEY, "is no address"),
         ("", "sk-123456 78", "OPENAI_API_KEY has characters"),
     ):
         monkeypatch.setenv("OPENAI_BASE_URL", url)
@@ -369,6 +300,7 @@ def test_the_key_and_the_address_are_checked_before_anything_is_sent(monkeypatch
         with pytest.raises(UserError, match=complaint) as error:
             Reward("judge:m")
         assert "123456" not in str(error.value)
+
     monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:11434/v1/")
     monkeypatch.setenv("OPENAI_API_KEY", "")
     (judge,) = Reward("judge:m").terms.values()
@@ -426,19 +358,19 @@ def test_each_process_has_its_share_of_the_limit_and_its_file(server, tmp_path, 
 
 
 @pytest.fixture
-def start(server, tmp_path):
+def start(server, tmp_path, monkeypatch):
     """A function that starts a short run: three held-out prompts, eight images an iteration."""
-    lines = (ROOT / "tiny" / "prompts_train.txt").read_text().splitlines()
+    lines = (commands.ROOT / "tiny" / "prompts_train.txt").read_text().splitlines()
     (tmp_path / "prompts.txt").write_text("\n".join(lines[:24]))
     small = "--groups 4 --steps 2 --prompts prompts.txt --name run --iterations 3"
-    watch = 'judge:fine:x1:"Is it red, or blue?"'
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    watch = ("--watch", 'judge:fine:x1:"Is it red, or blue?"')
 
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    for name, value in (("OPENAI_BASE_URL", f"{server.url}/v1"), ("OPENAI_API_KEY", KEY)):
+        monkeypatch.setitem(commands.ENVIRONMENT, name, value)
 
     def start(*args, launcher=()):
-        command = [*launcher, str(ROOT / "train.py"), *small.split(), "--watch", watch, *args]
-        return subprocess.Popen([sys.executable, *command], cwd=tmp_path, env=environment, **pipes)
+        command = ("train.py", *small.split(), *watch, *args)
+        return commands.start(*command, cwd=tmp_path, launcher=launcher)
 
     return start
 
@@ -451,36 +383,31 @@ def wait_until(seen, timeout=60):
 
 
 def finish(run, code):
-    """Standard output, and what standard error says below the progress bar."""
     out, err = run.communicate(timeout=120)
     assert run.returncode == code, err
-    return out, re.split("[\r\n]", err.strip())[-1]
-
-
-def records(folder):
-    lines = (folder / "runs" / "run" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return out, err
 
 
 @pytest.mark.ci
 def test_a_run_that_is_killed_or_stopped_asks_nothing_twice(server, start, tmp_path):
     """Six held-out images before and after, eight in each of three iterations; six are watched."""
     server.delay = 0.05
-    run = start("--reward", "judge:fine:x1 - 1", "--max-requests", "40")
+    judge = ("--reward", "judge:fine:x1 - 1")
+    run = start(*judge, "--max-requests", "40")
     wait_until(lambda: len(server.asked) == 23)  # in the second iteration, as 12 + 8 + 3 tell
     run.kill()
     run.communicate()
-    resume = ("--reward", "judge:fine:x1 - 1", "--resume")
-    _, err = finish(start(*resume, "--max-requests", "40"), 2)
+    _, err = finish(start(*judge, "--resume", "--max-requests", "40"), 2)
     assert "the 40 requests of --max-requests are used up" in err
-    out, _ = finish(start(*resume), 0)
+    out, _ = finish(start(*judge, "--resume"), 0)
 
     lost = len(server.asked) - 48  # the one that was under way
     assert len(set(server.asked)) == 48 and lost in (0, 1)
-    assert [record["iteration"] for record in records(tmp_path)] == [0, 1, 2, 3]
-    assert records(tmp_path)[1]["requests"] == 20 and records(tmp_path)[1]["tokens"] == 2000
-    assert records(tmp_path)[-1]["requests"] in (48, 48 + lost)
-    assert f"{records(tmp_path)[-1]['requests']} requests, 4,800 tokens" in out
+    records = commands.metrics(tmp_path / "runs" / "run")
+    assert [record["iteration"] for record in records] == [0, 1, 2, 3]
+    assert records[1]["requests"] == 20 and records[1]["tokens"] == 2000
+    assert records[-1]["requests"] in (48, 48 + lost)
+    assert f"{records[-1]['requests']} requests, 4,800 tokens" in out
     for path in (tmp_path / "runs").rglob("*"):
         assert path.is_dir() or KEY.encode() not in path.read_bytes()
 
@@ -517,7 +444,8 @@ def test_processes_share_the_limit_and_the_answers(server, start, tmp_path):
     finish(start(*args, "--resume", launcher=torchrun), 0)
     twice = len(server.asked) - len(set(server.asked))
     assert twice <= 2  # one that each waited for when they were stopped
-    assert len(server.asked) - twice <= records(tmp_path)[-1]["requests"] <= len(server.asked)
+    last = commands.metrics(tmp_path / "runs" / "run")[-1]
+    assert len(server.asked) - twice <= last["requests"] <= len(server.asked)
 
 
 # ---- the real API
@@ -543,14 +471,14 @@ def test_the_service_of_these_tests_answers_as_the_official_package_reads(server
             assert len(read.choices[0].logprobs.content[0].top_logprobs) == 3
 
 
-def save_llava(folder, answers):
-    """Save a small random LLaVA that can say nothing but one of the tokens `answers`."""
+def make_llava(folder):
+    """Save a small random LLaVA that can say nothing but Yes or No; the model and its processor."""
     tokenizer = tiny_tokenizer(["<image>"])
     small = {"hidden_size": 32, "intermediate_size": 64}
     small |= {"num_hidden_layers": 2, "num_attention_heads": 2}
     vision = transformers.CLIPVisionConfig(image_size=56, patch_size=14, **small)
     text = transformers.LlamaConfig(vocab_size=len(tokenizer), **small)
-    image = tokenizer.convert_tokens_to_ids("<image>")
+    image, *answers = tokenizer.convert_tokens_to_ids(["<image>", "Yes", "No"])
     ids = {"image_token_id": image, "image_seq_length": 16}
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, **ids)
     torch.manual_seed(0)
@@ -558,36 +486,32 @@ def save_llava(folder, answers):
     for p in model.parameters():  # or all answers are alike
         p.data += 0.3 * torch.randn(p.shape)
 
-    ids = tokenizer.convert_tokens_to_ids(answers)
-    others = [i for i in range(len(tokenizer)) if i not in ids]
-    sampling = {"do_sample": True, "eos_token_id": ids, "pad_token_id": 0}
-    sampling["suppress_tokens"] = others
+    sampling = {"do_sample": True, "eos_token_id": answers, "pad_token_id": 0}
+    sampling["suppress_tokens"] = [i for i in range(len(tokenizer)) if i not in answers]
     model.generation_config = transformers.GenerationConfig(**sampling)
-    model.save_pretrained(folder)
-
     crop = {"height": 56, "width": 56}
     pictures = transformers.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size=crop)
     options = {"patch_size": 14, "num_additional_image_tokens": 1, "chat_template": LLAVA}
     options["vision_feature_select_strategy"] = "default"
-    transformers.LlavaProcessor(pictures, tokenizer, **options).save_pretrained(folder)
-
-
-def odds_of(folder, image, question, answers):
-    """What transformers makes of a picture and a question: a probability for each answer."""
-    model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
-    processor = transformers.AutoProcessor.from_pretrained(folder)
-    content = [{"type": "image", "image": to_pil(image)}, {"type": "text", "text": question}]
-    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    talk = [{"role": "user", "content": content}]
-    inputs = processor.apply_chat_template(talk, add_generation_prompt=True, **options)
-    with torch.no_grad():
-        logits = model(**inputs).logits[0, -1]
-    return logits[processor.tokenizer.convert_tokens_to_ids(answers)].softmax(0)
+    processor = transformers.LlavaProcessor(pictures, tokenizer, **options)
+    for part in (model, processor):
+        part.save_pretrained(folder)
+    return model.eval(), processor
 
 
 @pytest.mark.ci
-def test_transformers_serve_judges(tmp_path, monkeypatch):
+def test_transformers_serve_a_judge(tmp_path, monkeypatch):
     """It gives no logprobs, so that yes is counted among samples; pip install "[serving]"."""
+    model, processor = make_llava(tmp_path / "llava")
+    answers = processor.tokenizer.convert_tokens_to_ids(["Yes", "No"])
+    images, odds = random_images(6), []
+    for image in images:
+        inputs = processor(images=to_pil(image), text="<image>Is it red?", return_tensors="pt")
+        with torch.no_grad():
+            odds.append(model(**inputs).logits[0, -1, answers].softmax(0)[0].item())
+    low, high = odds.index(min(odds)), odds.index(max(odds))
+    assert odds[high] - odds[low] > 0.4  # so it depends on the image
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -595,11 +519,6 @@ def test_transformers_serve_judges(tmp_path, monkeypatch):
     server = subprocess.Popen([Path(sys.executable).with_name("transformers"), *options.split()])
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{port}/v1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-    words, digits = ["Yes", "No"], list("123456789")
-    save_llava(tmp_path / "words", words)
-    save_llava(tmp_path / "digits", digits)
-    images = random_images(6)
 
     def ready():
         assert server.poll() is None
@@ -609,20 +528,11 @@ def test_transformers_serve_judges(tmp_path, monkeypatch):
     try:
         wait_until(ready)
         # 200 samples: a standard error of at most 3.5 %; four are exceeded once in 15,000 times
-        odds = [odds_of(tmp_path / "words", image, "Is it red?", words)[0] for image in images]
-        low, high = torch.stack(odds).argmin(), torch.stack(odds).argmax()
-        assert odds[high] - odds[low] > 0.4  # so it depends on the image
-        reward = Reward(f'judge:{tmp_path}/words:"Is it red?":n200')
-        R = reward(torch.stack([images[low], images[high]]), ["", ""]).tolist()
-        assert R == pytest.approx([100 * odds[low].item(), 100 * odds[high].item()], abs=14)
+        reward = Reward(f'judge:{tmp_path}/llava:"Is it red?":n200')
+        R = reward(images[[low, high]], ["", ""])
+        assert R.tolist() == pytest.approx([100 * odds[low], 100 * odds[high]], abs=14)
         (judge,) = reward.terms.values()
         assert judge.record()["requests"] == 1 + 2 * 200
-
-        # of a rating one answer, at no temperature, is asked for
-        odds = [odds_of(tmp_path / "digits", image, "From 1 to 9?", digits) for image in images]
-        likeliest = [1 + one.argmax().item() for one in odds]
-        reward = Reward(f'judge:{tmp_path}/digits:"From 1 to 9?"')
-        assert reward(images, [""] * 6).tolist() == likeliest and len(set(likeliest)) > 1
     finally:
         server.terminate()
         server.wait(timeout=30)

@@ -3,16 +3,15 @@
 pytest -q tests/test_rewards.py
 """
 
-import ast
 import base64
 import io
 import json
 import math
-import pickle
-import re
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -26,14 +25,14 @@ from tokenizers import pre_tokenizers
 from torch import nn
 
 import rewards
-from rewards import TINY, Aesthetic, Clip, Reward, load_function, split_expressions
+from rewards import TINY, Aesthetic, Clip, Reward, split_expressions
 from support.errors import UserError
 from support.prompts import read_prompts
 from zoo.human import Human
-from zoo.jsonl import append_line, read_lines
+from zoo.jsonl import read_lines
 from zoo.loading import pretrained
-from zoo.ocr import Ocr, edit_distance
-from zoo.vlm import UNIFIED, unified_score
+from zoo.ocr import Ocr
+from zoo.vlm import UNIFIED
 
 
 def grey(level, n=2, size=64):
@@ -58,18 +57,17 @@ def measure(name, images):
 
 
 def test_colorfulness_and_brightness_have_their_closed_forms():
-    red = grey(0.0, n=1)
-    red[:, 0] = 1.0
+    red, green, blue = torch.eye(3)[:, None, :, None, None].expand(3, 1, 3, 64, 64)
     half = red.clone()
-    half[:, 0, :, :32] = 0
+    half[..., :32] = 0
 
     # red: rg = 255 and yb = 127.5 everywhere, so no spread, and 0.3 of the length of the mean
     # half red, half black: a spread of half the range, and half the mean
     length = math.hypot(255, 127.5)
-    expected = [0, 0.3 * length, 0.5 * length + 0.15 * length]
-    images = torch.cat([grey(0.4, n=1), red, half])
+    expected = [0, 0.3 * length, 0.3 * length, 0.3 * 255, 0.5 * length + 0.15 * length]
+    images = torch.cat([grey(0.4, n=1), red, green, blue, half])
     assert measure("colorfulness", images) == pytest.approx(expected, abs=1e-4)
-    assert measure("brightness", images) == pytest.approx([40, 29.9, 14.95])
+    assert measure("brightness", images) == pytest.approx([40, 29.9, 58.7, 11.4, 14.95])
 
 
 def test_sharpness_has_its_closed_form():
@@ -101,16 +99,14 @@ def test_jpeg_size_is_that_of_the_file():
     noise = random_images(1)
     file = io.BytesIO()
     to_pil(noise[0]).save(file, "JPEG", quality=95)
-    of_noise, of_grey = measure("jpeg_size", torch.cat([noise, grey(0.5, n=1)]))
-    assert of_noise == pytest.approx(len(file.getvalue()) / 1000)
-    assert of_grey < 1.0 < of_noise
+    assert measure("jpeg_size", noise) == pytest.approx([len(file.getvalue()) / 1000])
 
 
 # ---- models
 
 
 @pytest.mark.parametrize("size", [{"shortest_edge": 224}, {"height": 64, "width": 64}])
-@pytest.mark.parametrize("shape", [(64, 64), (300, 300), (256, 320), (60, 79)])
+@pytest.mark.parametrize("shape", [(64, 64), (320, 256), (60, 79)])
 def test_preprocessing_is_that_of_transformers(size, shape):
     side = size.get("shortest_edge", 64)
     crop = {"crop_size": {"height": side, "width": side}, "do_center_crop": "shortest_edge" in size}
@@ -126,47 +122,43 @@ def test_preprocessing_is_that_of_transformers(size, shape):
     assert (ours - theirs).abs().max() < 1.6 / 255 / 0.26
 
 
-def clip_logits(images, prompts):
-    """What transformers makes of images and their prompts with its own processors."""
-    model = transformers.CLIPModel.from_pretrained(TINY / "tiny-clip")
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(TINY / "tiny-clip")
-    processor = transformers.CLIPImageProcessor.from_pretrained(TINY / "tiny-clip")
-    inputs = tokenizer(prompts, padding=True, return_tensors="pt")
-    inputs |= processor([to_pil(image) for image in images], return_tensors="pt")
-    with torch.no_grad():
-        logits = model(**inputs).logits_per_image.diagonal()
-    return logits, model.logit_scale.exp().item()
-
-
-def test_clip_score_and_pickscore_are_those_of_transformers(monkeypatch):
+def test_clip_scores_are_those_of_transformers(monkeypatch):
     images, prompts = random_images(3), ["red apple", "robot", "an unseen caption"]
-    logits, scale = clip_logits(images, prompts)
-    for term in ("clip", f"clip:{TINY}/tiny-clip"):
-        R = Reward(term)(images, prompts)
-        torch.testing.assert_close(R * scale / 100, logits, rtol=1e-4, atol=1e-4)
-
-    # PickScore's card: scale x normalised text @ normalised image, which are the model's logits
     asked = []
 
     def local(kind, path, **options):
         asked.append(path)
         return pretrained(kind, TINY / "tiny-clip", **options)
 
-    monkeypatch.setattr(rewards, "pretrained", local)
-    R = Reward("pickscore", tiny=None)(images, prompts)
-    torch.testing.assert_close(R, logits, rtol=1e-4, atol=1e-4)
+    for term, folder in (
+        ("clip", "tiny-clip"),
+        ("clip_h", "tiny-clip-h"),
+        (f"clip:{TINY}/tiny-clip-h", "tiny-clip-h"),
+        ("pickscore", "tiny-clip"),
+    ):
+        model = transformers.CLIPModel.from_pretrained(TINY / folder)
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(TINY / folder)
+        processor = transformers.CLIPImageProcessor.from_pretrained(TINY / folder)
+        inputs = tokenizer(prompts, padding=True, return_tensors="pt")
+        inputs |= processor([to_pil(image) for image in images], return_tensors="pt")
+        with torch.no_grad():
+            theirs = model(**inputs).logits_per_image.diagonal()
+        if term == "pickscore":  # which are the logits themselves, by its card
+            monkeypatch.setattr(rewards, "pretrained", local)
+        else:
+            theirs = 100 * theirs / model.logit_scale.exp().item()
+        torch.testing.assert_close(Reward(term)(images, prompts), theirs, rtol=1e-4, atol=1e-4)
     assert asked == ["yuvalkirstain/PickScore_v1"] + ["laion/CLIP-ViT-H-14-laion2B-s32B-b79K"] * 2
 
 
 def test_clip_and_aesthetic_share_one_embedding_until_the_images_change(monkeypatch):
-    reward = Reward("clip + aesthetic")
-    clip, passes = reward.terms["clip"], []
-    pixels = clip.pixels
-    monkeypatch.setattr(clip, "pixels", lambda images: passes.append(1) or pixels(images))
-
-    images, prompts = random_images(2), ["red apple", "robot"]
+    pixels, passes = Clip.pixels, []
+    monkeypatch.setattr(Clip, "pixels", lambda *args: passes.append(1) or pixels(*args))
+    reward, prompts = Reward("clip + aesthetic"), ["red apple", "robot"]
+    images = random_images(2)
     before = reward(images, prompts)
     assert len(passes) == 1
+
     images.copy_(images.flip(0))  # the same tensor with other contents
     after = reward(images, prompts[::-1])
     assert len(passes) == 2
@@ -241,41 +233,37 @@ def qwen(tmp_path_factory):
     return folder
 
 
+def model_inputs(vlm, image, question):
+    """What transformers' processors make of one image and a question, so without padding."""
+    # 64 pixels become 56, 4 x 4 patches of 14, merged by 2 x 2
+    text = (
+        "<|im_start|>user\n<|vision_start|>" + 4 * "<|image_pad|>" + "<|vision_end|>"
+        f"{question}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    vision = vlm.image_processor([to_pil(image)], return_tensors="pt")
+    return {**vlm.tokenizer([text], return_tensors="pt"), **vision}
+
+
+def percent_yes(vlm, image, question):
+    yes, no = vlm.tokenizer.convert_tokens_to_ids(["Yes", "No"])
+    with torch.no_grad():
+        odds = vlm.model(**model_inputs(vlm, image, question)).logits[0, -1].exp()
+    return 100 * (odds[yes] / (odds[yes] + odds[no])).item()
+
+
 def test_vlm_is_the_probability_of_yes_over_no(qwen):
     images = random_images(3)
     prompts = ["sun", "a robot that waters red and yellow tulips", "red apple"]
-    reward = Reward(f"vlm:{qwen}")
-    together = reward(images, prompts)
-    (vlm,) = reward.terms.values()
-    yes, no = vlm.tokenizer.convert_tokens_to_ids(["Yes", "No"])
-    assert together.std() > 0.1 and together.min() > 0 and together.max() < 100
-
-    for image, prompt, R in zip(images, prompts, together):
-        # one by one, so without padding; 64 pixels become 56, 4 x 4 patches of 14, merged by 2 x 2
-        text = (
-            "<|im_start|>user\n<|vision_start|>" + 4 * "<|image_pad|>" + "<|vision_end|>"
-            f'Does this image match the caption "{prompt}"? Answer Yes or No.<|im_end|>\n'
-            "<|im_start|>assistant\n"
-        )
-        vision = vlm.image_processor([to_pil(image)], return_tensors="pt")
-        tokens = vlm.tokenizer([text], return_tensors="pt")
-        with torch.no_grad():
-            odds = vlm.model(**tokens, **vision).logits[0, -1].exp()
-        expected = 100 * odds[yes] / (odds[yes] + odds[no])
-        assert R.item() == pytest.approx(expected.item(), abs=1e-2)
-
-
-def test_vlm_takes_a_question_of_ones_own(qwen):
-    images = random_images(2)
-    reward = Reward(f'2*vlm:{qwen}:"Is there a {{prompt}} in it? (Yes + No) - {{x}}"')
-    R = reward(images, ["cat", "dog"])
-    (vlm,) = reward.terms.values()
-    assert vlm.question == "Is there a {prompt} in it? (Yes + No) - {x}"
-
-    vlm.question = "Is there a cat in it? (Yes + No) - {x}"
-    same, other = reward(images, ["", ""]).tolist()
-    assert same == pytest.approx(R[0].item(), abs=1e-2)
-    assert other != pytest.approx(R[1].item(), abs=1e-2)
+    match = 'Does this image match the caption "{prompt}"? Answer Yes or No.'
+    own = "Is there a {prompt} in it? (Yes + No) - {x}"
+    for term, question in ((f"vlm:{qwen}", match), (f'vlm:{qwen}:"{own}"', own)):
+        reward = Reward(f"2*{term}")
+        R = reward(images, prompts)
+        (vlm,) = reward.terms.values()
+        for image, prompt, value in zip(images, prompts, R.tolist()):
+            expected = 2 * percent_yes(vlm, image, question.replace("{prompt}", prompt))
+            assert value == pytest.approx(expected, abs=2e-2)
+        assert R.std() > 0.1
 
 
 def test_vlm_asks_the_questions_of_each_prompt(qwen, tmp_path):
@@ -287,17 +275,15 @@ def test_vlm_asks_the_questions_of_each_prompt(qwen, tmp_path):
     assert prompts == ["a red cat", "sun", "robot"]
 
     images = random_images(3)
-    R = Reward(f"vlm:{qwen}:questions")(images[:2], prompts[:2])
-    alone = []
-    for question, image in zip(["Is there a cat?", "Is it red?", "Is it big?"], [images[:1]] * 3):
-        alone.append(Reward(f'vlm:{qwen}:"{question} Answer Yes or No."')(image, [""]))
-    assert torch.cat(alone).std() > 0.1
-    sun = Reward(f'vlm:{qwen}:"Is there a sun? Answer Yes or No."')(images[1:2], [""])
-    expected = torch.cat([torch.cat(alone).mean(0, keepdim=True), sun])
-    torch.testing.assert_close(R, expected, rtol=0, atol=1e-2)  # without padding, too
+    (vlm,) = Reward(f"vlm:{qwen}:questions").terms.values()
+    expected = []
+    for image, prompt in zip(images, prompts[:2]):
+        answers = [percent_yes(vlm, image, f"{q} Answer Yes or No.") for q in prompt.questions]
+        expected.append(sum(answers) / len(answers))
+    assert vlm(images[:2], prompts[:2]).tolist() == pytest.approx(expected, abs=1e-2)
 
     with pytest.raises(UserError, match="prompt 'robot' has no questions"):
-        Reward(f"vlm:{qwen}:questions")(images, prompts)
+        vlm(images, prompts)
 
 
 def test_vlm_reads_what_unifiedreward_writes(qwen, monkeypatch):
@@ -308,27 +294,22 @@ def test_vlm_reads_what_unifiedreward_writes(qwen, monkeypatch):
     assert vlm(images, prompts).isnan().all()  # a random model writes no scores
 
     for image, question, text in zip(images, questions, written):
-        # one by one, so without padding; transformers has its own way to generate
-        vision = vlm.image_processor([to_pil(image)], return_tensors="pt")
-        tokens = vlm.tokenizer([vlm.text(question, 4)], return_tensors="pt")
-        inputs = {**tokens, **vision}
+        inputs = model_inputs(vlm, image, question)
         theirs = vlm.model.generate(**inputs, max_new_tokens=160, do_sample=False)[0]
-        theirs = theirs[tokens.input_ids.shape[1] :]
-        end = "<|im_end|>"
-        assert text.split(end)[0] == vlm.tokenizer.decode(theirs).split(end)[0]
+        theirs = vlm.tokenizer.decode(theirs[inputs["input_ids"].shape[1] :])
+        assert text.split("<|im_end|>")[0] == theirs.split("<|im_end|>")[0]
         assert len(text) > 20
 
-    # the example of its authors
+    # the example of its authors; then one score is too high, and one missing
     answer = (
         "\nAlignment Score (1-5): 2.694700002670288\nCoherence Score (1-5): 2.371500015258789\n"
+        "Style Score (1-5): 2.802500009536743\n"
     )
-    answer += "Style Score (1-5): 2.802500009536743\n"
-    whole = {"Alignment": "4", "Coherence": "5", "Style": "3"}
-    other = "".join(f"{axis} Score (1-5): {score}\n" for axis, score in whole.items())
-    monkeypatch.setattr(vlm, "written", lambda images, questions: [answer, other])
-    expected = [(2.6947 + 2.3715 + 2.8025) / 3, 4]
-    assert vlm(images, prompts).tolist() == pytest.approx(expected, abs=1e-4)
-    assert math.isnan(unified_score(answer.replace("Style", "")))
+    answers = [answer, answer.replace("2.8", "52.8"), answer.replace("Style", "")]
+    monkeypatch.setattr(vlm, "written", lambda images, questions: answers)
+    expected = [(2.6947 + 2.3715 + 2.8025) / 3, math.nan, math.nan]
+    R = vlm(grey(0.5, n=3), ["sun"] * 3)
+    assert R.tolist() == pytest.approx(expected, abs=1e-4, nan_ok=True)
 
 
 def test_models_that_cannot_be_had_are_named(qwen, tmp_path):
@@ -340,73 +321,58 @@ def test_models_that_cannot_be_had_are_named(qwen, tmp_path):
 
     for term, complaint in (
         ("clip", "cannot reach model openai/clip-vit-large-patch14"),
-        ("vlm:7b", "cannot reach model Qwen/Qwen2.5-VL-7B-Instruct"),
-        (f"vlm:{tmp_path}", f"{tmp_path} holds no AutoModelForImageTextToText"),
-        ("vlm:unified:7b", "cannot reach model CodeGoat24/UnifiedReward-2.0-qwen-7b"),
-        ("clip:some/clip", "cannot reach model some/clip"),
         ("hps", "cannot reach model xswu/HPSv2"),
+        ("vlm:7b", "cannot reach model Qwen/Qwen2.5-VL-7B-Instruct"),
+        ("vlm:unified:7b", "cannot reach model CodeGoat24/UnifiedReward-2.0-qwen-7b"),
+        (f"vlm:{tmp_path}", f"{tmp_path} holds no AutoModelForImageTextToText"),
+        (f"clip:{tmp_path}", f"{tmp_path} holds no CLIPModel"),
         ("vlm:3b:7b", "one model at most"),
-        ('vlm:"Is it red?":"Is it blue?"', "one question at most"),
-        ("vlm:questions:unified", "one question at most"),
+        ('vlm:questions:"Is it blue?"', "one question at most"),
         ("ocr:fast", "takes no options"),
     ):
         with pytest.raises(UserError, match=complaint) as error:
             Reward(term, tiny=None)
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=f"{tmp_path} holds no CLIPModel"):
-        pretrained(transformers.CLIPModel, tmp_path)
 
 
 def test_ocr_counts_wrong_letters(monkeypatch):
-    for a, b, distance in (("kitten", "sitting", 3), ("", "abc", 3), ("abc", "", 3), ("a", "a", 0)):
-        assert edit_distance(a, b) == distance
-    texts = iter([("Open", "today"), ("opne", "TODAY"), None, ("anything",)])
+    texts = iter([("Open", "today"), ("opne", "TODAY"), ("much longer",) * 9, None, ("anything",)])
     ocr = Ocr(lambda picture: SimpleNamespace(txts=next(texts)))
-    R = ocr(grey(0.5, n=4), ['a shop sign "OPEN Today"'] * 3 + ["no text"])
-    assert R.tolist() == pytest.approx([1, 1 - 2 / 9, 0, math.nan], nan_ok=True)
+    R = ocr(grey(0.5, n=5), ['a shop sign "OPEN Today"'] * 4 + ["no text"])
+    assert R.tolist() == pytest.approx([1, 1 - 2 / 9, 0, 0, math.nan], nan_ok=True)
 
     monkeypatch.setitem(sys.modules, "rapidocr", None)  # as if it were not installed
     with pytest.raises(UserError, match="pip install rapidocr"):
         Reward("ocr")
 
 
-def test_what_is_not_named_is_not_imported():
-    seen, files = set(), ["rewards", "support.run"]
-    while files:
-        path = TINY.parent / (files.pop().replace(".", "/") + ".py")
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ImportFrom) and node.module.startswith("zoo"):
-                files.append(node.module)
-                seen.add(node.module)
-    assert seen == {"zoo.grammar", "zoo.loading"}
-
-
 # ---- services
+
+# the status of an answer, how often it is asked for, and what is to be said of it
+FAILURES = {
+    "slow": (200, 6, "did not answer, 6 times: .*timed out"),
+    "broken": (500, 6, "did not answer, 6 times: 500"),
+    "missing": (404, 1, "answered with status 404"),
+    "redirect": (302, 1, "answered with status 302"),
+    "garbled": (200, 1, "did not answer with JSON"),
+}
+
+
+def mean_level(file):
+    """The mean of a PNG file in base64, 0 to 1."""
+    picture = Image.open(io.BytesIO(base64.b64decode(file)))
+    return sum(picture.resize((1, 1)).getpixel((0, 0))) / 765
 
 
 class Service(BaseHTTPRequestHandler):
-    """Answers as the path says: the mean of each image, or what goes wrong with services."""
+    """Sends back what its `answer` makes of a request: a status and a text."""
 
     def do_POST(self):
-        mode, asked = self.path.strip("/"), self.server.asked
-        asked.append(mode)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        files = [io.BytesIO(base64.b64decode(image)) for image in body["images"]]
-        R = [sum(Image.open(file).resize((1, 1)).getpixel((0, 0))) / 765 for file in files]
-        if mode == "prompts":
-            R = [len(prompt) for prompt in body["prompts"]]
-        if mode == "slow":
-            time.sleep(0.5)
-
-        status = {"broken": 500, "missing": 404, "redirect": 302}.get(mode, 200)
-        if mode == "twice-down" and len(asked) <= 2:
-            status = 503
-        wrong = {"short": R[1:], "text": "high", "words": ["a", "b"], "nan": [math.nan] * len(R)}
-        text = "{" if mode == "garbled" else json.dumps(wrong.get(mode, R))
+        status, text = self.answer(body)
         self.send_response(status)
-        if status == 503:
-            self.send_header("Retry-After", "7")
-        self.send_header("Location", "/mean")
+        self.send_header("Retry-After", "17")
+        self.send_header("Location", "/elsewhere")
         self.end_headers()
         self.wfile.write(text.encode())
 
@@ -414,22 +380,41 @@ class Service(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+class Scores(Service):
+    """Scores by the mean of the image and the length of the prompt, or fails as the path says."""
+
+    def answer(self, body):
+        mode, asked = self.path.strip("/"), self.server.asked
+        asked.append(mode)
+        if mode == "slow":
+            time.sleep(0.5)
+        if mode == "twice-down" and len(asked) <= 2:
+            return 503, ""
+
+        R = []
+        for image, prompt in zip(body["images"], body["prompts"]):
+            R.append(mean_level(image) + len(prompt))
+        status, *_ = FAILURES.get(mode, (200,))
+        return status, "{" if mode == "garbled" else json.dumps(R)
+
+
+@contextmanager
 def serve(handler):
-    """Start a server in a thread; `asked` is for what it is asked."""
+    """Inside, a server answers in a thread; `asked` is for what it is asked."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.asked = []
     server.url = f"http://127.0.0.1:{server.server_port}"
     server.handle_error = lambda *args: None  # of a caller who does not wait for the answer
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    return server
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture
 def server():
-    server = serve(Service)
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serve(Scores) as server:
+        yield server
 
 
 @pytest.fixture
@@ -440,73 +425,53 @@ def pauses(monkeypatch):
     return pauses
 
 
-def test_a_service_scores_images(server):
-    images = torch.stack([torch.full((3, 16, 16), level) for level in (0.0, 0.2, 1.0)])
-    assert measure(f"{server.url}/mean", images) == pytest.approx([0, 0.2, 1])
-    R = Reward(f"2*{server.url}/prompts - 1")(images, ["", "a", "ab"])
-    assert R.tolist() == [-1, 1, 3]
-    assert Reward(f"{server.url}/nan")(images, [""] * 3).isnan().all()
+def test_a_service_scores_images(server, monkeypatch):
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # which is to see no image
+    images = torch.cat([grey(level, n=1) for level in (0.0, 0.2, 1.0)])
+    R = Reward(f"2*{server.url}/score - 1")(images, ["", "a", "ab"])
+    assert R.tolist() == pytest.approx([-1, 1.4, 5])
 
 
-@pytest.mark.parametrize(
-    "mode, asked, complaint",
-    [
-        ("twice-down", 3, None),
-        ("slow", 6, "did not answer, 6 times: .*timed out"),
-        ("broken", 6, "did not answer, 6 times: 500"),
-        ("missing", 1, "answered with status 404"),
-        ("redirect", 1, "answered with status 302"),
-        ("garbled", 1, "did not answer with JSON"),
-        ("text", 1, "must return numbers, not str"),
-        ("words", 1, "must return numbers, not list"),
-        ("short", 1, r"must return \[2\] numbers, not \[1\]"),
-    ],
-)
-def test_services_that_fail_are_asked_again_or_named(server, pauses, mode, asked, complaint):
+def test_a_service_that_recovers_is_asked_again_when_it_says(server, pauses):
+    assert measure(f"{server.url}/twice-down", grey(0.2)) == pytest.approx([0.2, 0.2])
+    assert pauses == [17, 17]  # which is longer than the pauses by themselves
+
+
+@pytest.mark.parametrize("mode", FAILURES)
+def test_a_service_that_fails_is_named(server, pauses, mode):
+    _, asked, complaint = FAILURES[mode]
     url = f"{server.url}/{mode}"
     reward = Reward(url)
     reward.terms[url].timeout = 0.1 if mode == "slow" else 10
-    if complaint is None:
-        assert reward(grey(0.2), ["", ""]).tolist() == pytest.approx([0.2, 0.2])
-        assert pauses == [7, 7]  # as it says, which is longer than the pauses by themselves
-    else:
-        with pytest.raises(UserError, match=complaint) as error:
-            reward(grey(0.2), ["", ""])
-        assert url in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UserError, match=complaint) as error:
+        reward(grey(0.2), ["", ""])
+    assert url in str(error.value) and "\n" not in str(error.value)
+
     assert server.asked == [mode] * asked
     assert len(pauses) == asked - 1
-
-
-def test_a_service_that_is_down_is_waited_for_and_named(pauses):
-    with ThreadingHTTPServer(("127.0.0.1", 0), Service) as closed:
-        url = f"http://127.0.0.1:{closed.server_port}/"
-    with pytest.raises(UserError, match="did not answer, 6 times: .*refused"):
-        Reward(url)(grey(0.2), ["", ""])
-    assert all(2**i <= pause <= 1.5 * 2**i for i, pause in enumerate(pauses))
-    assert len(pauses) == 5
-
-
-@pytest.mark.parametrize("address", ["http://[::1/", "http://host:99999/", "http:///score"])
-def test_a_malformed_address_fails_as_soon_as_it_is_read(address):
-    with pytest.raises(UserError, match="is no address") as error:
-        Reward(f"clip + {address}")
-    assert address in str(error.value) and "\n" not in str(error.value)
-
-
-def test_no_proxy_sees_the_images_for_this_machine(server, monkeypatch):
-    monkeypatch.delenv("NO_PROXY", raising=False)
-    monkeypatch.delenv("no_proxy", raising=False)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Service) as closed:
-        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{closed.server_port}")
-    assert measure(f"{server.url}/mean", grey(0.2)) == pytest.approx([0.2, 0.2])
+    if mode == "slow":
+        assert all(2**i <= pause <= 1.5 * 2**i for i, pause in enumerate(pauses))
 
 
 # ---- people
 
 
-def post(url, answer):
-    data = answer if isinstance(answer, str) else json.dumps(answer)
-    return requests.post(url + "answer", data=data, headers={"Content-Type": "application/json"})
+@pytest.fixture
+def ask(tmp_path):
+    """A function that has a person asked in a thread: the page, and what will come back."""
+    pool, interrupted = ThreadPoolExecutor(), []
+
+    def ask(images, prompts):
+        human = Human()
+        url = human.serve(tmp_path, 2, groups=len(images) // 2, interrupted=interrupted)
+        return url, pool.submit(human, images, prompts)
+
+    ask.interrupted = interrupted
+    yield ask
+    interrupted.append("the test is over")
+    pool.shutdown()
 
 
 def next_group(url):
@@ -519,94 +484,70 @@ def next_group(url):
     raise AssertionError("nothing to compare")
 
 
-def ask(folder, images, prompts, groups, interrupted=()):
-    """Let a person be asked in a thread: the page, the thread, a list for what comes back."""
-    human, results = Human(), []
-    url = human.serve(folder, branches=2, groups=groups, interrupted=interrupted)
-
-    def call():
-        try:
-            results.append(human(images, prompts).tolist())
-        except KeyboardInterrupt as error:
-            results.append(error)
-
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    return url, thread, results
+def choose(url, key, choice):
+    return requests.post(url + "answer", json={"key": key, "choice": choice})
 
 
-def test_a_person_is_asked_once_and_waited_for(tmp_path):
-    images, prompts = random_images(6, size=8), ["sun", "sun", "moon", "moon", "star", "star"]
-    rounds = []
-    for choices in ((0, None, 1), ()):  # the second round has all answers from the file
-        url, thread, results = ask(tmp_path, images, prompts, groups=3)
-        for choice in choices:
-            group = next_group(url)
-            assert thread.is_alive() and len(group["images"]) == 2 and group["total"] == 3
-            for wrong in (2, -1, True, 0.0, "0"):
-                assert post(url, {"key": group["key"], "choice": wrong}).status_code == 400
-            assert post(url, "{").status_code == 400
-            # by a name from elsewhere that was made to point here
-            evil = requests.get(url + "group", headers={"Host": "evil.example"})
-            assert evil.status_code == 403
-            assert next_group(url) == group
-            for _ in range(2):  # the page is open twice: the second comes too late
-                assert post(url, {"key": group["key"], "choice": choice}).status_code == 204
-        thread.join(timeout=10)
-        rounds += results
+def test_a_person_is_asked_once_and_waited_for(tmp_path, ask):
+    prompts = ["sun", "sun", "moon", "moon", "star", "star"]
+    url, result = ask(random_images(6, size=8), prompts)
+    for choice in (0, None, 1):
+        group = next_group(url)
+        assert not result.done() and len(group["images"]) == 2 and group["total"] == 3
+        for wrong in (2, -1, True):
+            assert choose(url, group["key"], wrong).status_code == 400
+        # by a name from elsewhere that was made to point here
+        evil = requests.get(url + "group", headers={"Host": "evil.example"})
+        assert evil.status_code == 403
+        assert next_group(url) == group
+        for _ in range(2):  # the page is open twice: the second comes too late
+            assert choose(url, group["key"], choice).status_code == 204
 
-    assert rounds == [[1, 0, 0.5, 0.5, 0, 1]] * 2
+    assert result.result(timeout=10).tolist() == [1, 0, 0.5, 0.5, 0, 1]
     lines = read_lines(tmp_path / "preferences.jsonl")
     assert [line["prompt"] for line in lines] == ["sun", "moon", "star"]
     assert [line["choice"] for line in lines] == [0, None, 1]
     assert Image.open(tmp_path / "preferences" / f"{lines[0]['key']}.png").size == (16, 8)
 
 
-def test_an_answer_that_cannot_be_written_is_not_taken(tmp_path):
-    url, thread, results = ask(tmp_path, random_images(2, size=8), ["sun"] * 2, groups=1)
-    (tmp_path / "preferences").write_text("where a folder must be")
+def test_answers_of_a_person_are_kept(tmp_path, ask):
+    """On a full disk, after Ctrl-C, beside lines that were cut short or are no answers."""
+    images, prompts = random_images(4, size=8), ["sun", "sun", "moon", "moon"]
+    url, result = ask(images, prompts)
     group = next_group(url)
-    answer = post(url, {"key": group["key"], "choice": 1})
+    (tmp_path / "preferences").write_text("where a folder must be")
+    answer = choose(url, group["key"], 0)
     assert answer.status_code == 500 and "File exists" in answer.text
-    assert next_group(url) == group and thread.is_alive()
+    assert next_group(url) == group
 
     (tmp_path / "preferences").unlink()
-    assert post(url, {"key": group["key"], "choice": 1}).status_code == 204
-    thread.join(timeout=10)
-    assert results == [[0, 1]]
-
-
-def test_a_person_who_was_interrupted_goes_on_where_they_stopped(tmp_path):
-    """Ctrl-C ends the waiting; a line that was cut short, or is no answer, is asked again."""
-    images, prompts, interrupted = random_images(4, size=8), ["sun", "sun", "moon", "moon"], []
-    url, thread, results = ask(tmp_path, images, prompts, 2, interrupted)
-    post(url, {"key": next_group(url)["key"], "choice": 0})
+    choose(url, group["key"], 0)
     moon = next_group(url)["key"]
-    interrupted.append(2)
-    thread.join(timeout=10)
-    assert isinstance(results[0], KeyboardInterrupt)
+    ask.interrupted.append(2)
+    with pytest.raises(KeyboardInterrupt):
+        result.result(timeout=10)
+    ask.interrupted.clear()
 
-    file = tmp_path / "preferences.jsonl"
-    for choice in (True, 1.0, 2, "1"):
-        append_line(file, {"key": moon, "choice": choice})
     # as an editor on Windows saves it, then cut short
-    lines = file.read_text().splitlines() + ["[]", "nonsense", f'{{"key": "{moon}", "cho']
+    file = tmp_path / "preferences.jsonl"
+    lines = file.read_text().splitlines()
+    for choice in ("true", "1.0", "2"):
+        lines.append(f'{{"key": "{moon}", "choice": {choice}}}')
+    lines += ["[]", "nonsense", f'{{"key": "{moon}", "cho']
     file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
 
-    url, thread, results = ask(tmp_path, images, prompts, groups=2)
+    url, result = ask(images, prompts)
     group = next_group(url)
     assert (group["key"], group["answered"]) == (moon, 1)
-    post(url, {"key": moon, "choice": None})
-    thread.join(timeout=10)
-    _, thread, again = ask(tmp_path, images, prompts, groups=2)  # nothing is left to ask
-    thread.join(timeout=10)
-    assert results == again == [[1, 0, 0.5, 0.5]]
+    choose(url, moon, None)
+    _, again = ask(images, prompts)  # nothing is left to ask
+    assert result.result(timeout=10).equal(again.result(timeout=10))
+    assert result.result().tolist() == [1, 0, 0.5, 0.5]
 
 
-def test_a_person_is_asked_in_a_training_by_pairs_alone(tmp_path, monkeypatch, capsys):
+def test_a_person_is_asked_in_a_training_by_pairs_alone(tmp_path, monkeypatch):
     reward = Reward("human")
     (human,) = reward.terms.values()
-    assert human.only_in_training
     with pytest.raises(UserError, match="only train.py can ask a person"):
         reward(grey(0.5), ["", ""])
 
@@ -615,15 +556,13 @@ def test_a_person_is_asked_in_a_training_by_pairs_alone(tmp_path, monkeypatch, c
     with pytest.raises(UserError, match="use --estimator fdfo"):
         human.open(run)
     args.branches = 2
+    human.open(run)
+    with pytest.raises(KeyboardInterrupt):
+        reward(grey(0.5), ["", ""])
+
     monkeypatch.setattr("zoo.human.processes", lambda: (0, 2))
     with pytest.raises(UserError, match="one process alone"):
         human.open(run)
-    monkeypatch.setattr("zoo.human.processes", lambda: (0, 1))
-    human.open(run)
-    address = re.search(r"compare the images at (http://127.0.0.1:\d+/)\n", capsys.readouterr().out)
-    assert "<html" in requests.get(address[1]).text
-    with pytest.raises(KeyboardInterrupt):
-        reward(grey(0.5), ["", ""])
 
 
 # ---- expressions
@@ -636,10 +575,9 @@ def test_expressions_are_arithmetic(tmp_path):
     images = random_images(4)
     a, b = Reward("brightness")(images, [""] * 4), Reward("colorfulness")(images, [""] * 4)
     red = images[:, 0].mean((1, 2))
-    text = f"  -brightness + 2*(colorfulness\n\t- 0.5) - 3 * {mine}:red\n"
-    torch.testing.assert_close(Reward(text)(images, [""] * 4), -a + 2 * (b - 0.5) - 3 * red)
-    assert list(Reward(text).terms) == ["brightness", "colorfulness", f"{mine}:red"]
-    assert Reward(" clip ").expression == "clip"
+    reward = Reward(f"  -brightness + 2*(colorfulness\n\t- 0.5) - 3 * {mine}:red\n")
+    torch.testing.assert_close(reward(images, [""] * 4), -a + 2 * (b - 0.5) - 3 * red)
+    assert list(reward.terms) == ["brightness", "colorfulness", f"{mine}:red"]
 
 
 def test_commas_separate_expressions_but_not_in_quotes():
@@ -650,21 +588,15 @@ def test_commas_separate_expressions_but_not_in_quotes():
 @pytest.mark.parametrize(
     "text, complaint",
     [
-        ("", "column 1"),
         ("brightness +", "column 13"),
-        ("vlm:3b + clip )", "column 15"),
-        ("brightness 2", "column 12"),
         ("clip – 0.1*jpeg_size", "column 6"),  # a dash, as web pages have it
         ("nonsense", "known: aesthetic, clip"),
-        ("jpeg_size:3", "known: aesthetic, clip"),
         ("2 * 3", "names no reward"),
-        ("brightness ** 2", "column 1 of"),
         ("brightness / 2", "column 1 of"),
-        ("brightness + open('x')", "column 14 of"),
-        ("brightness + True", "column 14 of"),
+        ("vlm:3b + True", "column 10 of"),
         ("-missing.py:f", "no file missing.py"),
-        ("fdflow.py:no_such", "no function no_such"),
-        ("-" * 5000 + "clip", "nested too deeply"),
+        ("fdflow.py:math", "no function math"),
+        ("clip + http://host:99999/", "http://host:99999/ is no address"),
         ("+".join(["clip"] * 10**4), "nested too deeply"),
     ],
 )
@@ -683,71 +615,50 @@ def mine(tmp_path):
     """A function that writes a reward f with a body, and returns its term."""
 
     def write(body):
-        head = "import torch\n\ndef f(images, prompts):\n"
-        (tmp_path / "mine.py").write_text(f"{head}    {body}\n    return [0, 3]\n")
+        (tmp_path / "mine.py").write_text(f"import torch\ndef f(images, prompts):\n    {body}\n")
         return f"{tmp_path}/mine.py:f"
 
     return write
 
 
-@pytest.mark.parametrize("numbers", ["[0, 3]", "(False, 3)", "torch.tensor([0, 3])"])
-def test_numbers_come_in_many_forms(mine, numbers):
-    assert measure(f"2*{mine(f'return {numbers}')}", grey(0.5)) == [0, 6]
+def test_numbers_come_in_many_forms(mine):
+    for numbers in ("[0, 3]", "(False, 3)", "torch.tensor([0, 3])"):
+        assert measure(f"2*{mine(f'return {numbers}')}", grey(0.5)) == [0, 6]
+    infinite = measure(mine("return [1.0, float('inf')]"), grey(0.5))
+    assert infinite == pytest.approx([1, math.nan], nan_ok=True)
 
-
-@pytest.mark.parametrize(
-    "body, complaint",
-    [
-        ("return images.mean()", r"must return \[2\] numbers, not \[\]"),
-        ("return ['a', 'b']", "must return numbers, not list"),
-        ("return None", "must return numbers, not NoneType"),
-    ],
-)
-def test_rewards_of_a_wrong_shape_are_named(mine, body, complaint):
-    term = mine(body)
-    with pytest.raises(UserError, match=complaint) as error:
-        measure(term, grey(0.5))
-    assert term in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_mistake_in_a_users_file_is_shown_as_python_does(mine, tmp_path):
-    with pytest.raises(KeyError, match="gone"):
-        measure(mine("raise KeyError('gone')"), grey(0.5))
-    for text, kind in (("def f(:", SyntaxError), ("import no_such_module", ModuleNotFoundError)):
-        (tmp_path / "bad.py").write_text(text)
-        with pytest.raises(kind):
-            load_function("estimator", f"{tmp_path}/bad.py:f")
-    (tmp_path / "bad.py").write_text("f = 3")
-    with pytest.raises(UserError, match=f"^estimator .*:f: {tmp_path}/bad.py has no function f"):
-        load_function("estimator", f"{tmp_path}/bad.py:f")
-    with pytest.raises(UserError, match="^estimator none.py:f: there is no file none.py"):
-        load_function("estimator", "none.py:f")
+    for wrong, complaint in (
+        ("images.mean()", r"must return \[2\] numbers, not \[\]"),
+        ("['a', 'b']", "must return numbers, not list"),
+        ("None", "must return numbers, not NoneType"),
+    ):
+        with pytest.raises(UserError, match=f"mine.py:f {complaint}") as error:
+            measure(mine(f"return {wrong}"), grey(0.5))
+        assert "\n" not in str(error.value)
 
 
 MODULE = """
 from __future__ import annotations
 import pickle, mailbox
 from dataclasses import dataclass
-from neighbour_at_once import ONE
 @dataclass
 class Pair:
-    a: float = ONE
+    a: float
     b: float = 0.0
 def f(images, prompts):
-    from neighbour_later import TWO
-    pair = pickle.loads(pickle.dumps(Pair(b=TWO)))
+    from neighbour import TWO
+    pair = pickle.loads(pickle.dumps(Pair(1.0, b=TWO)))
     return [pair.a, pair.b]
 """
 
 
 def test_a_reward_file_is_a_whole_module(tmp_path, monkeypatch):
-    """It imports neighbours, when it loads and when it is called, and pickles dataclasses."""
+    """It imports a neighbour, which hides nothing of Python, and pickles dataclasses."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "mailbox", raising=False)
     folder = tmp_path / "my rewards"
     folder.mkdir()
-    (folder / "neighbour_at_once.py").write_text("ONE = 1.0")
-    (folder / "neighbour_later.py").write_text("TWO = 2.0")
+    (folder / "neighbour.py").write_text("TWO = 2.0")
     (folder / "mailbox.py").write_text("raise ValueError('in place of the library')")
     (folder / "mine.py").write_text(MODULE)
 
@@ -755,35 +666,25 @@ def test_a_reward_file_is_a_whole_module(tmp_path, monkeypatch):
     reward = Reward(f"2*{term}-brightness")
     assert list(reward.terms) == [term, "brightness"]
     assert reward(grey(0.0), ["", ""]).tolist() == [2, 4]
-    # a path by itself may be without quotes
-    pair = load_function("estimator", f"{folder}/mine.py:Pair")(3.0)
-    assert pickle.loads(pickle.dumps(pair)) == pair
 
 
 def test_a_reward_cannot_change_what_others_see(mine):
     term = mine("images.zero_(); prompts[:] = ['', '']; return [0.0, 0.0]")
     images, prompts = random_images(2), ["red apple", "robot"]
     before, expected = images.clone(), Reward("clip")(images.clone(), prompts)
-    for text in (f"{term} + clip", f"clip + {term}"):
-        torch.testing.assert_close(Reward(text)(images, prompts), expected)
+    torch.testing.assert_close(Reward(f"{term} + clip")(images, prompts), expected)
     assert images.equal(before) and prompts == ["red apple", "robot"]
-
-
-def test_infinite_rewards_become_nan(mine):
-    term = mine("return [1.0, float('inf')]")
-    assert measure(f"2*{term}", grey(0.5)) == pytest.approx([2, math.nan], nan_ok=True)
 
 
 def test_a_reward_that_hangs_is_named_while_it_is_waited_for(mine, monkeypatch, capsys):
     monkeypatch.setattr(rewards, "PATIENCE", 0.2)
-    term = mine("import time; time.sleep(0.4 * images[0, 0, 0, 0].item())")
+    term = mine("import time; time.sleep(0.4 * images[0, 0, 0, 0].item()); return [0, 3]")
     for seconds, said in ((0.0, 0), (1.0, 1)):
         assert measure(f"{term} + 0*brightness", grey(seconds)) == [0, 3]
         text = f"reward {term} has not answered for 0.2 s; still waiting"
         assert capsys.readouterr().err.count(text) == said
 
     # a person may take any time
-    human = SimpleNamespace(only_in_training=True)
-    with rewards.patience("human", human):
+    with rewards.patience("human", Human()):
         time.sleep(0.3)
     assert not capsys.readouterr().err
