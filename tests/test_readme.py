@@ -108,6 +108,6 @@ FOR_CARDS = re.findall(r"train\.py (.*)# \d+ GB card", "\n".join(SHELL))
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("flags", {re.sub(SIZED, "", flags).strip() for flags in FOR_CARDS})
+@pytest.mark.parametrize("flags", sorted({re.sub(SIZED, "", line).strip() for line in FOR_CARDS}))
 def test_commands_for_cards_run_on_the_tiny_model(flags, run_train):
     run_train(f"{flags} --reward brightness --device cpu")
