@@ -220,14 +220,14 @@ def visit(faults):
         with suppress(requests.RequestException):  # it has not begun, or has ended
             before = key
             key = requests.get(f"http://127.0.0.1:{PORT}/group", timeout=5).json()["key"]
-            choice = sum(key.encode()) % 2
-            answers = [(key, choice)]
+            right = sum(key.encode()) % 2
+            answers = [(key, right)]
             if faults:
-                wrong = random.choice([2, -1, True, "0", 0.0, []])
-                answers = [(key, wrong), (before, 1), (key, choice), (key, 1 - choice)]
-            for key, choice in answers:
-                body = {"key": key, "choice": choice}
-                requests.post(f"http://127.0.0.1:{PORT}/answer", json=body, timeout=5)
+                answers = [(key, wrong) for wrong in (2, -1, True, "0", 0.0, [])]
+                answers += [(before, 1), (key, right), (key, 1 - right)]
+            for named, choice in answers:
+                answer = {"key": named, "choice": choice}
+                requests.post(f"http://127.0.0.1:{PORT}/answer", json=answer, timeout=5)
 
 
 @contextmanager
