@@ -202,7 +202,7 @@ def tiny_tokenizer(marks, **options):
 TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else
 %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>
-{% endfor %}{{ '<|im_start|>assistant\n' }}"""
+{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt }}"""
 
 
 @pytest.fixture(scope="module")
