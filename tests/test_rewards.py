@@ -10,7 +10,7 @@ import math
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -461,17 +461,24 @@ def test_a_service_that_fails_is_named(server, pauses, mode):
 @pytest.fixture
 def ask(tmp_path):
     """A function that has a person asked in a thread: the page, and what will come back."""
-    pool, interrupted = ThreadPoolExecutor(), []
+    interrupted = []
 
     def ask(images, prompts):
-        human = Human()
+        human, answer = Human(), Future()
         url = human.serve(tmp_path, 2, groups=len(images) // 2, interrupted=interrupted)
-        return url, pool.submit(human, images, prompts)
+
+        def call():
+            try:
+                answer.set_result(human(images, prompts))
+            except KeyboardInterrupt as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=call, daemon=True).start()
+        return url, answer
 
     ask.interrupted = interrupted
     yield ask
     interrupted.append("the test is over")
-    pool.shutdown()
 
 
 def next_group(url):
