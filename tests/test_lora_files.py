@@ -9,11 +9,12 @@ import peft
 import pytest
 import torch
 from diffusers.training_utils import _collate_lora_metadata
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
 import train
 from fdflow import LoRA
-from models.lora_files import LAYERS, layers_named, load_lora, merge_lora, save_lora
+from models.lora_files import LAYERS, layers_named, load_lora, make_lora, save_lora
 from support.errors import UserError
 from tests.commands import exit_code, metrics
 from tests.models import (
@@ -118,47 +119,46 @@ def train_from(lora, monkeypatch, out, *flags):
 
 
 def test_a_lora_is_trained_further_and_pulled_to_where_it_began(tmp_path, monkeypatch, capsys):
-    first = make_flow(folder("tiny"), steps=2)
-    layers = layers_named(first.network, "modulation")
-    lora = LoRA(first.network, layers, rank=4, alpha=8)
-    for layer in lora.layers.values():
-        layer.B.data = 0.1 * torch.randn(layer.B.shape, generator=torch.Generator().manual_seed(0))
-    save_lora(lora, tmp_path / "lora.safetensors", "transformer")
-
-    folder_of_run = train_from(tmp_path, monkeypatch, tmp_path, "--rank", 4, "--kl", 1)
-    assert "frozen" not in capsys.readouterr().err
-    before = load_file(tmp_path / "lora.safetensors")
-    after = load_file(folder_of_run / "lora.safetensors")
-    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-6)
-    # at the start of training the model is the one with the LoRA
-    assert metrics(folder_of_run)[-1]["drift"] < 1e-4
-
-    # the pull is to the start, not to the base model
-    theta = torch.cat([p.detach().flatten() for p in lora.parameters])
+    first = small_flow("tiny")
+    save_lora(random_lora(first, "modulation"), tmp_path / "lora.safetensors", "transformer")
     x, cond = first.noise([0, 1]), torch.tensor([0, 1])
+
+    again = small_flow("tiny")
+    layers = layers_named(again.network, "modulation")
+    lora = make_lora(again, layers, 4, 8, None, tmp_path)
     with torch.no_grad():
-        with_lora = first.velocity(x, 1.0, cond)
-        lora.start = theta
+        expected = first.velocity(x, 1.0, cond)
+        found = again.velocity(x, 1.0, cond)
         for p in lora.parameters:
             p.data *= 2
-        with lora.switched_off():
-            again = first.velocity(x, 1.0, cond)
-    torch.testing.assert_close(again, with_lora, rtol=1e-4, atol=1e-5)
+        with lora.switched_off():  # the pull is to the start, not to the base model
+            pulled_to = again.velocity(x, 1.0, cond)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pulled_to, expected, rtol=1e-4, atol=1e-5)
+
+    # from the command line, with hardly a step
+    run = train_from(tmp_path, monkeypatch, tmp_path, "--rank", 4)
+    assert "frozen" not in capsys.readouterr().err
+    before, after = load_file(tmp_path / "lora.safetensors"), load_file(run / "lora.safetensors")
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-6)
+    assert metrics(run)[-1]["drift"] < 1e-4
 
 
-def test_a_lora_of_other_layers_is_merged_into_the_weights(tmp_path, monkeypatch, capsys):
-    flow = make_flow(folder("tiny"), PROMPTS[:2], steps=2)
+def test_a_lora_of_other_layers_is_merged_into_the_weights(tmp_path, capsys):
+    flow = small_flow("tiny")
     base = flow.images(COND, SEEDS)
     save_lora(random_lora(flow, "attention"), tmp_path / "lora.safetensors", "transformer")
     changed = flow.images(COND, SEEDS)
-
-    merged = make_flow(folder("tiny"), PROMPTS[:2], steps=2)
-    merge_lora(merged, tmp_path)
-    assert not [m for m in merged.network.modules() if "lora" in type(m).__name__.lower()]
-    assert (merged.images(COND, SEEDS) - changed).abs().max() < SAME
     assert (changed - base).abs().mean() > 0.002
-    train_from(tmp_path, monkeypatch, tmp_path)
+
+    again = small_flow("tiny")
+    layers = layers_named(again.network, "modulation")
+    lora = make_lora(again, layers, 4, 8, None, tmp_path)
     assert "becomes part of the frozen weights" in capsys.readouterr().err
+    assert not [m for m in again.network.modules() if isinstance(m, BaseTunerLayer)]
+    assert (again.images(COND, SEEDS) - changed).abs().max() < SAME
+    with lora.switched_off():
+        assert (again.images(COND, SEEDS) - changed).abs().max() < SAME
 
 
 # ---- those of other programs

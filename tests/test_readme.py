@@ -49,6 +49,12 @@ def test_quoted_lines_stand_in_fdflow():
         assert line in code, line
 
 
+def test_the_readme_is_a_landing_page():
+    text = PAGES[ROOT / "README.md"]
+    assert len(text.splitlines()) <= 160
+    assert len(text.split()) <= 1500
+
+
 def test_links_lead_somewhere():
     for path, text in PAGES.items():
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
