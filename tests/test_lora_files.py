@@ -82,6 +82,7 @@ def test_layers_are_those_named():
     assert ends == {*both_streams.split()}
     last = [f"transformer_blocks.1.attn.{end}" for end in ("to_v", "to_out.0")]
     assert len(names("tiny", "last")) == 8 and names("sd3", "last")[-2:] == last
+    assert {name.split(".")[1] for name in names("tiny", "last")} == {*"2345"}  # of six blocks
     norms = ("norm1", "norm1_context")
     modulation = [f"transformer_blocks.{i}.{norm}.linear" for i in range(2) for norm in norms]
     assert names("sd3", "modulation") == modulation
