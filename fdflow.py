@@ -271,7 +271,7 @@ def central_difference(
     g = torch.zeros_like(parameters_to_vector(problem.lora.parameters))
     tried = torch.randperm(len(g), generator=generator, device=g.device)[:coordinates]
 
-    for (i,) in micro_batches(problem.batch // (2 * len(eps)), tried):  # i [D]
+    for (i,) in micro_batches(problem.batch // (2 * len(eps)), tried):  # D at a time
         units = F.one_hot(i, len(g)).to(g)  # [D, P]
         each_eps = eps.expand(len(i), *eps.shape)
         each_cond = cond.expand(len(i), *cond.shape)

@@ -53,7 +53,7 @@ class Judge(Http):
 
     timeout = 600
     attempts = 3  # until the first answer, so that a wrong address shows soon
-    check = Vlm.check
+    check = Vlm.check  # refuses prompts without the questions that are to be asked
 
     def __init__(self, model, question=MATCH, at=16, samples=None):
         url = os.environ.get("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
